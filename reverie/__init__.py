@@ -1,0 +1,3 @@
+"""reverie: diffusion models from the formula to the picture."""
+
+__version__ = "0.1.0"

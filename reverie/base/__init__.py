@@ -1,0 +1,1 @@
+"""The ground under every room: errors that speak, registries by name, randomness as a function."""
