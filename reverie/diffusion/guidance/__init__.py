@@ -1,1 +1,1 @@
-"""TODO"""
+"""Guidance: denoisers made of denoisers, one idea a file."""

@@ -1,0 +1,147 @@
+r"""What all samplers share: the state, the step, and the one loop.
+
+A sampler moves each sample of a batch from its time t to its time s. All that it knows of the past is
+in its state, plain tensors with a row for each sample: rows at different steps share a batch, leave it
+and join another, and a state that is saved and loaded goes on as if nothing had happened.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from reverie.base.errors import NonFiniteError, UsageError
+from reverie.base.randomness import Noise
+from reverie.diffusion.denoisers import Denoiser, Times
+from reverie.diffusion.predictions import Data, per_sample
+from reverie.diffusion.schedules import Schedule
+
+
+@dataclass(frozen=True)
+class State:
+    """Where each sample of a batch is.
+
+    Arguments:
+        x: The noisy samples (B, *D).
+        t: Their times (B,), float64.
+        k: The steps each has taken (B,), int64; noise is drawn by it.
+        x0: The last estimate of the clean samples (B, *D): a preview. Zero before the first step.
+        memory: What a sampler keeps from step to step, by name, tensors of B rows.
+    """
+
+    x: Tensor
+    t: Float[Tensor, " b"]
+    k: Int64[Tensor, " b"]
+    x0: Tensor
+    memory: dict[str, Tensor] = field(default_factory=dict)
+
+    def rows(self, index: Sequence[int] | Tensor) -> "State":
+        """Return the state of some of the samples."""
+        index = torch.as_tensor(index, device=self.x.device)
+        memory = {name: value[index] for name, value in self.memory.items()}
+        return State(self.x[index], self.t[index], self.k[index], self.x0[index], memory)
+
+    @staticmethod
+    def join(states: Sequence["State"]) -> "State":
+        """Return one state of all the samples, in order."""
+        memory = {name: torch.cat([state.memory[name] for state in states]) for name in states[0].memory}
+        x, t, k, x0 = (torch.cat([getattr(state, name) for state in states]) for name in ("x", "t", "k", "x0"))
+        return State(x, t, k, x0, memory)
+
+
+@dataclass(frozen=True)
+class Sampler(ABC):
+    """A rule that moves samples from time t to time s.
+
+    `evaluations` is how often a step calls the denoiser; `stochastic` says whether it draws noise.
+    """
+
+    evaluations: ClassVar[int] = 1
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether a step draws noise."""
+        return False
+
+    def init(self, x: Data, t: Times | float) -> State:
+        """Return the state of samples x (B, *D) at times t, (B,) or one for all."""
+        t = torch.as_tensor(t, dtype=torch.float64, device=x.device).expand(len(x))
+        return State(x, t, torch.zeros(len(x), dtype=torch.int64, device=x.device), torch.zeros_like(x))
+
+    def step(self, denoiser: Denoiser, state: State, s: Times | float, noise: Noise) -> State:
+        """Return the state with each sample moved from its time to its time s.
+
+        Arguments:
+            denoiser: The model.
+            state: Where the samples are.
+            s: Where they go, (B,) or one for all, in [0, t).
+            noise: The noise of each sample.
+        """
+        s = torch.as_tensor(s, dtype=torch.float64, device=state.x.device).expand(len(state.x))
+        self.check_direction(state.t, s)
+        return replace(self.move(denoiser, state, s, noise), t=s, k=state.k + 1)
+
+    def check_direction(self, t: Times, s: Times) -> None:
+        """Refuse a step that does not go towards the data."""
+        if not bool(((s < t) & (s >= 0)).all()):
+            raise UsageError(f"a step goes from t to s with 0 <= s < t; got t = {t.tolist()} and s = {s.tolist()}")
+
+    @abstractmethod
+    def move(self, denoiser: Denoiser, state: State, s: Times, noise: Noise) -> State:
+        """Return the state with x, x0 and memory as they are at s; `step` sees to t and k."""
+
+
+def start(sampler: Sampler, schedule: Schedule, shape: Sequence[int], t: float, noise: Noise) -> State:
+    """Return the state of pure noise at time t: draw 0 of each sample's noise, (B, *shape)."""
+    z = noise(shape, [0] * len(noise.seeds))
+    time = torch.full((len(z),), float(t), dtype=torch.float64)
+    return sampler.init(per_sample(schedule.prior_std(time), z) * z, time)
+
+
+def run(
+    sampler: Sampler, denoiser: Denoiser, state: State, grid: Float[Tensor, "*b n"], noise: Noise
+) -> Iterator[State]:
+    """Yield the state after each step along a grid, (N + 1,) for all or (B, N + 1): the one loop.
+
+    Progress, previews, intermediates and cancellation are the caller's, who looks at what is yielded or
+    stops asking.
+
+    Raises:
+        NonFiniteError: A step gave NaN or infinity; the message says which step, at what noise level.
+    """
+    with torch.no_grad():
+        for k in range(1, grid.shape[-1]):
+            state = sampler.step(denoiser, state, grid[..., k], noise)
+            check_finite(state, denoiser.schedule, k, grid[..., k - 1])
+            yield state
+
+
+def check_finite(state: State, schedule: Schedule, k: int, t: Tensor) -> None:
+    """Raise NonFiniteError, naming the step and its noise level, unless the state is finite."""
+    if not bool(torch.isfinite(state.x.sum())) and not bool(torch.isfinite(state.x).all()):
+        rows = (~torch.isfinite(state.x.flatten(1)).all(1)).nonzero().flatten().tolist()
+        level = float(schedule.sigma(t.double()).max())
+        raise NonFiniteError(
+            f"step {k} (sigma {level:.4g}) gave numbers that are not finite, in sample {rows[0]} "
+            f"and {len(rows) - 1} others; the model's weights or its dtype are at fault"
+        )
+
+
+def sample(sampler: Sampler, denoiser: Denoiser, shape: Sequence[int], grid: Tensor, noise: Noise) -> Data:
+    """Return samples (B, *shape), one for each of the noise's seeds, from the grid's first time to its last.
+
+    Example:
+        >>> from reverie.diffusion import grids, oracles, samplers, schedules
+        >>> schedule = schedules["flow"]()
+        >>> point = oracles.Mixture(torch.ones(1, 2), torch.zeros(1), torch.ones(1), schedule)
+        >>> sample(samplers["ddim"](), point, (2,), grids["trailing"](schedule, 5), Noise([0]))
+        tensor([[1., 1.]])
+    """
+    state = start(sampler, denoiser.schedule, shape, float(grid[..., 0].max()), noise)
+    for state in run(sampler, denoiser, state, grid, noise):
+        pass
+    return state.x
