@@ -52,7 +52,7 @@ class OutOfMemoryError(ReverieError, MemoryError):
     exit_code = 7
 
 
-class Stopped(ReverieError):
+class Stopped(ReverieError):  # noqa: N818 - it is no error
     """Stopped by a signal, with the state saved.
 
     Arguments:

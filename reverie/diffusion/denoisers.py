@@ -17,8 +17,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from reverie.base.errors import UsageError
-from reverie.diffusion import predictions as known
 from reverie.diffusion.predictions import Data, Prediction, per_sample
+from reverie.diffusion.registry import predictions
 from reverie.diffusion.schedules import Schedule
 
 Times = Float[Tensor, " b"]
@@ -89,7 +89,7 @@ class NetworkDenoiser(Denoiser):
     ) -> None:
         super().__init__()
         self.network, self.schedule, self.dtype = network, schedule, dtype
-        self.prediction: Prediction = known[prediction]() if isinstance(prediction, str) else prediction
+        self.prediction: Prediction = predictions[prediction]() if isinstance(prediction, str) else prediction
         self.learned_variance = learned_variance
         if self.prediction.name in ("eps", "score") and schedule.zero_terminal_snr:
             raise UsageError(
@@ -188,8 +188,10 @@ class FixedBatch(Denoiser):
 
     def forward(self, x: Data, t: Times, condition: Condition | None = None) -> Estimate:
         parts = [self.call(i, x, t, condition or {}) for i in range(0, len(x), self.size)]
-        joined = [None if parts[0][k] is None else torch.cat([part[k] for part in parts]) for k in range(3)]
-        return Estimate(*(None if j is None else j[: len(x)] for j in joined))
+        x0 = torch.cat([part.x0 for part in parts])[: len(x)]
+        eps = torch.cat([part.eps for part in parts])[: len(x)]
+        fractions = [part.fraction for part in parts if part.fraction is not None]
+        return Estimate(x0, eps, torch.cat(fractions)[: len(x)] if fractions else None)
 
     def call(self, start: int, x: Data, t: Times, condition: Condition) -> Estimate:
         """Return the estimate for the bucket that begins at a row, its padding a copy of the last row."""

@@ -35,7 +35,9 @@ def close(times: Tensor) -> Grid:
     """Return the times with a final 0, checked to decrease."""
     grid = torch.cat([times.to(torch.float64), torch.zeros(1, dtype=torch.float64)])
     if not bool((grid[1:] < grid[:-1]).all()) or not grid[0] <= 1:
-        raise UsageError(f"a grid's times must decrease within (0, 1]; these are {[round(t, 6) for t in grid.tolist()]}")
+        raise UsageError(
+            f"a grid's times must decrease within (0, 1]; these are {[round(t, 6) for t in grid.tolist()]}"
+        )
     return grid
 
 

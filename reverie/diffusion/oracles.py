@@ -55,7 +55,7 @@ class Mixture(Denoiser):
     ) -> None:
         super().__init__()
         round_components = stds.shape == means.shape[:1]
-        if not round_components and stds.shape != means.shape or weights.shape != means.shape[:1]:
+        if (not round_components and stds.shape != means.shape) or weights.shape != means.shape[:1]:
             raise UsageError(
                 f"means {tuple(means.shape)}, stds {tuple(stds.shape)} and weights {tuple(weights.shape)} do not "
                 "describe one mixture; give (K, *D), (K,) or (K, *D), and (K,)"
@@ -108,7 +108,9 @@ class Mixture(Denoiser):
     def draw(self, count: int, seed: int = 0) -> Data:
         """Return samples of the data itself (count, *D), fixed by the seed."""
         random = generator(seed, "mixture")
-        component = torch.from_numpy(random.choice(len(self.weights), size=count, p=self.weights.double().cpu().numpy()))
+        component = torch.from_numpy(
+            random.choice(len(self.weights), size=count, p=self.weights.double().cpu().numpy())
+        )
         z = torch.from_numpy(random.standard_normal((count, self.means.shape[1]))).to(self.means)
         component = component.to(self.means.device)
         return (self.means[component] + self.stds[component] * z).reshape(count, *self.shape)
@@ -158,7 +160,10 @@ class Gaussian(Denoiser):
     def __init__(self, mean: Float[Tensor, "*d"], covariance: Float[Tensor, "n n"], schedule: Schedule) -> None:
         super().__init__()
         if covariance.shape != (mean.numel(), mean.numel()):
-            raise UsageError(f"a mean of {mean.numel()} elements needs a covariance of that size squared, not {tuple(covariance.shape)}")
+            raise UsageError(
+                f"a mean of {mean.numel()} elements needs a covariance of that size squared, "
+                f"not {tuple(covariance.shape)}"
+            )
         self.schedule, self.shape = schedule, mean.shape
         values, basis = torch.linalg.eigh(covariance)
         self.register_buffer("center", mean.flatten())

@@ -191,7 +191,9 @@ class VE(Schedule):
 
     def __init__(self, sigma_min: float = 0.01, sigma_max: float = 50.0) -> None:
         if not 0 < sigma_min < sigma_max:
-            raise UsageError(f"sigma_min is {sigma_min}, sigma_max {sigma_max}; they must obey 0 < sigma_min < sigma_max")
+            raise UsageError(
+                f"sigma_min is {sigma_min}, sigma_max {sigma_max}; they must obey 0 < sigma_min < sigma_max"
+            )
         self.sigma_min, self.rate = sigma_min, 2 * math.log(sigma_max / sigma_min)
         self.t_min = math.log(2) / self.rate  # where sigma is sigma_min
 
@@ -215,7 +217,9 @@ class EDM(Schedule):
 
     def __init__(self, sigma_min: float = 0.002, sigma_max: float = 80.0) -> None:
         if not 0 < sigma_min < sigma_max:
-            raise UsageError(f"sigma_min is {sigma_min}, sigma_max {sigma_max}; they must obey 0 < sigma_min < sigma_max")
+            raise UsageError(
+                f"sigma_min is {sigma_min}, sigma_max {sigma_max}; they must obey 0 < sigma_min < sigma_max"
+            )
         self.sigma_max, self.t_min = sigma_max, sigma_min / sigma_max
 
     def log_alpha(self, t: Time) -> Time:
@@ -312,7 +316,9 @@ class Table(VariancePreserving):
         wrong = wrong or (betas[:-1] == 1).nonzero().flatten().tolist()
         if betas.ndim != 1 or len(betas) < 2 or wrong:
             where = f"beta {wrong[0]} is {betas[wrong[0]].item():g}" if wrong else f"its shape is {tuple(betas.shape)}"
-            raise UsageError(f"a table of betas is a list of at least 2 numbers in (0, 1), only the last may be 1; {where}")
+            raise UsageError(
+                f"a table of betas is a list of at least 2 numbers in (0, 1), only the last may be 1; {where}"
+            )
         self.betas = betas
         self.log_alpha_bars = torch.log1p(-betas).cumsum(0)
         self.log_snrs = self.log_alpha_bars - torch.log(-torch.expm1(self.log_alpha_bars))
@@ -335,7 +341,9 @@ class Table(VariancePreserving):
         """Return T t, where a time that is an entry's up to rounding is that entry's exactly."""
         place = self.timesteps * t
         entry = place.detach().round()
-        gap = (place.detach() - entry) * ((place.detach() - entry).abs() <= 4 * torch.finfo(t.dtype).eps * self.timesteps)
+        gap = (place.detach() - entry) * (
+            (place.detach() - entry).abs() <= 4 * torch.finfo(t.dtype).eps * self.timesteps
+        )
         return place - gap
 
     def log_alpha_bar(self, t: Time) -> Time:

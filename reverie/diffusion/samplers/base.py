@@ -135,13 +135,13 @@ def sample(sampler: Sampler, denoiser: Denoiser, shape: Sequence[int], grid: Ten
     """Return samples (B, *shape), one for each of the noise's seeds, from the grid's first time to its last.
 
     Example:
-        >>> from reverie.diffusion import grids, oracles, samplers, schedules
+        >>> from reverie.diffusion import oracles
+        >>> from reverie.diffusion.registry import grids, samplers, schedules
         >>> schedule = schedules["flow"]()
         >>> point = oracles.Mixture(torch.ones(1, 2), torch.zeros(1), torch.ones(1), schedule)
         >>> sample(samplers["ddim"](), point, (2,), grids["trailing"](schedule, 5), Noise([0]))
         tensor([[1., 1.]])
     """
     state = start(sampler, denoiser.schedule, shape, float(grid[..., 0].max()), noise)
-    for state in run(sampler, denoiser, state, grid, noise):
-        pass
-    return state.x
+    *_, last = run(sampler, denoiser, state, grid, noise)
+    return last.x
