@@ -32,7 +32,7 @@ from reverie.base.errors import ModelFileError, NonFiniteError, StorageError, Us
 from reverie.base.randomness import generator, torch_seed
 
 Images = UInt8[Tensor, "n c h w"]
-Labels = Int[Tensor, " n"]
+Labels = Int[Tensor, " m"]
 
 DIMENSIONS = 64
 FORMAT = "reverie small classifier 1"

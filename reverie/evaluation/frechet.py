@@ -38,14 +38,14 @@ from torch import Tensor
 from reverie.base.errors import NonFiniteError, UsageError
 from reverie.base.randomness import generator
 
-Features = Float[Tensor, "n d"]
+Features = Float[Tensor, "_ d"]  # sets of any two sizes may be compared
 
 # A covariance computed in float64 has eigenvalues this far below zero, relative to its largest, by rounding alone.
 ROUNDING = 1e-9
 
 
 def frechet_distance(
-    mean_a: Float[Tensor, " d"], cov_a: Float[Tensor, "d d"], mean_b: Float[Tensor, " d"], cov_b: Float[Tensor, "d d"]
+    mean_a: Float[Tensor, " a"], cov_a: Float[Tensor, "a a"], mean_b: Float[Tensor, " b"], cov_b: Float[Tensor, "b b"]
 ) -> float:
     """Return the squared Frechet distance (1) between two Gaussians, computed in float64.
 
