@@ -1,1 +1,22 @@
-"""TODO"""
+"""Networks: shapes in, shapes out. Nothing here knows what diffusion is.
+
+A network takes the state x (B, ...), one number per sample as its `time` (B,), and what it is told of
+each sample (`label`, `context`), and returns a tensor of x's shape with as many channels as its config
+asks for. What that tensor means (noise, data, velocity, a variance beside it) is the caller's business.
+
+| file | what it holds |
+|---|---|
+| `layers.py` | the operators (norm, linear, attention), each in one place; time features, resampling, residual block |
+| `attention.py` | attention over the pixels of an image; the transformer that also looks at a context |
+| `unet_config.py` | `UNetConfig`, and its translation from and to diffusers' config.json |
+| `unet_blocks.py`, `skip_blocks.py` | the blocks of one level, down and up; those of NCSN++ |
+| `unet.py` | `UNet` |
+| `mlp.py` | `MLP`, for points |
+
+Each network class names its config class as `Config`, so that `networks[name](networks[name].Config(...))`
+builds any of them.
+"""
+
+from reverie.base.registry import Registry
+
+networks = Registry("network", {"unet": "reverie.networks.unet:UNet", "mlp": "reverie.networks.mlp:MLP"})

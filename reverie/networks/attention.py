@@ -1,0 +1,198 @@
+r"""Attention over the pixels of an image, alone or in a transformer that also looks at a context.
+
+The pixels of an image (B, C, H, W) are read as H W tokens of C channels, a view where the image is in
+channels-last. `SpatialAttention` is the attention of DDPM's U-Net; `SpatialTransformer` is that of latent
+diffusion: for each of its blocks
+
+    x = x + self_attention(norm(x)),    x = x + cross_attention(norm(x), context),    x = x + mlp(norm(x)),    (1)
+
+where the mlp has gated hidden units, mlp(x) = W_3 (W_1 x * gelu(W_2 x)).
+
+References:
+    Denoising Diffusion Probabilistic Models (Ho et al., 2020), appendix B
+    https://arxiv.org/abs/2006.11239
+    High-Resolution Image Synthesis with Latent Diffusion Models (Rombach et al., 2022), section 3.3 and appendix E
+    https://arxiv.org/abs/2112.10752
+"""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from reverie.networks.layers import GroupNorm, Image, Linear, attention, linear, zeroed
+
+Tokens = Float[Tensor, "b n c"]
+
+
+def to_tokens(x: Image) -> Tokens:
+    """Read an image (B, C, H, W) as tokens (B, H W, C)."""
+    return x.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def to_image(tokens: Tokens, like: Image) -> Image:
+    """Read tokens (B, H W, C) as an image in channels-last, of the height and width of another."""
+    return tokens.unflatten(1, like.shape[2:]).permute(0, 3, 1, 2)
+
+
+class Attention(nn.Module):
+    """Queries from tokens, keys and values from the same tokens or from a context.
+
+    Arguments:
+        channels: Channels of the tokens, in and out.
+        heads: Number of heads.
+        head_dim: Channels of a head.
+        context_dim: Channels of the context; None attends to the tokens themselves.
+        bias: Biases in the queries, keys and values.
+    """
+
+    def __init__(
+        self, channels: int, heads: int, head_dim: int, context_dim: int | None = None, bias: bool = True
+    ) -> None:
+        super().__init__()
+        self.heads = heads
+        self.to_q = Linear(channels, heads * head_dim, bias=bias)
+        self.to_k = Linear(context_dim or channels, heads * head_dim, bias=bias)
+        self.to_v = Linear(context_dim or channels, heads * head_dim, bias=bias)
+        self.to_out = nn.ModuleList([Linear(heads * head_dim, channels)])
+
+    def forward(self, x: Tokens, context: Float[Tensor, "b l d"] | None = None) -> Tokens:
+        """Return what the tokens see in the context, or in themselves."""
+        if context is None:
+            q, k, v = self._fused(x)
+        else:
+            q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
+        return self.to_out[0](attention(q, k, v, self.heads))
+
+    def _fused(self, x: Tokens) -> tuple[Tensor, ...]:
+        """Return queries, keys and values of the same tokens, which are read once."""
+        parts = self.to_q, self.to_k, self.to_v
+        weight = torch.cat([part.weight for part in parts])
+        bias = None if self.to_q.bias is None else torch.cat([part.bias for part in parts])
+        return linear(x, weight, bias).chunk(3, -1)
+
+
+class SpatialAttention(Attention):
+    """Self-attention over the pixels of an image, with its norm and its residual.
+
+    Arguments:
+        channels: Channels in and out.
+        heads: Number of heads.
+        head_dim: Channels of a head.
+        groups: Groups of the norm before it; None for no norm.
+        eps: The norm's.
+        scale_out: What the sum is divided by.
+
+    Example:
+        >>> SpatialAttention(8, heads=2, head_dim=4, groups=4)(torch.randn(2, 8, 3, 5)).shape
+        torch.Size([2, 8, 3, 5])
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        heads: int,
+        head_dim: int,
+        groups: int | None = None,
+        eps: float = 1e-5,
+        scale_out: float = 1.0,
+    ) -> None:
+        super().__init__(channels, heads, head_dim)
+        zeroed(self.to_out)
+        self.scale_out = scale_out
+        self.group_norm = None if groups is None else GroupNorm(groups, channels, eps)
+
+    def forward(self, x: Image, context: None = None) -> Image:  # type: ignore[override]
+        h = x if self.group_norm is None else self.group_norm(x)
+        y = x + to_image(super().forward(to_tokens(h)), x)
+        return y if self.scale_out == 1 else y / self.scale_out
+
+
+class Gate(nn.Module):
+    """W_1 x * gelu(W_2 x), the two matrices in one."""
+
+    def __init__(self, channels: int, hidden: int) -> None:
+        super().__init__()
+        self.proj = Linear(channels, 2 * hidden)
+
+    def forward(self, x: Tokens) -> Tokens:
+        hidden, gate = self.proj(x).chunk(2, -1)
+        return hidden * F.gelu(gate)
+
+
+class GatedMLP(nn.Module):
+    """W_3 (W_1 x * gelu(W_2 x)), four times as wide inside; the places are those of diffusers' feed-forward."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.net = nn.Sequential(Gate(channels, 4 * channels), nn.Identity(), Linear(4 * channels, channels))
+
+    def forward(self, x: Tokens) -> Tokens:
+        return self.net(x)
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, attention to the context, and the gated mlp: equation (1)."""
+
+    def __init__(self, channels: int, heads: int, head_dim: int, context_dim: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(channels)
+        self.attn1 = Attention(channels, heads, head_dim, bias=False)
+        self.norm2 = nn.LayerNorm(channels)
+        self.attn2 = Attention(channels, heads, head_dim, context_dim, bias=False)
+        self.norm3 = nn.LayerNorm(channels)
+        self.ff = GatedMLP(channels)
+
+    def forward(self, x: Tokens, context: Float[Tensor, "b l d"]) -> Tokens:
+        x = x + self.attn1(self.norm1(x))
+        x = x + self.attn2(self.norm2(x), context)
+        return x + self.ff(self.norm3(x))
+
+
+class SpatialTransformer(nn.Module):
+    """Transformer blocks over the pixels of an image, with a context for each sample.
+
+    Arguments:
+        channels: Channels in and out.
+        heads: Number of heads.
+        head_dim: Channels of a head; the tokens have heads * head_dim channels inside.
+        context_dim: Channels of the context.
+        blocks: Number of transformer blocks.
+        groups: Groups of the norm at the start.
+        linear_projection: Linear layers instead of 1x1 convolutions at both ends; the function is the
+            same, the shape of the weights is not.
+
+    Example:
+        >>> transformer = SpatialTransformer(8, heads=2, head_dim=4, context_dim=6, blocks=1, groups=4)
+        >>> transformer(torch.randn(2, 8, 3, 5), torch.randn(2, 7, 6)).shape
+        torch.Size([2, 8, 3, 5])
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        heads: int,
+        head_dim: int,
+        context_dim: int,
+        blocks: int = 1,
+        groups: int = 32,
+        linear_projection: bool = False,
+    ) -> None:
+        super().__init__()
+        inner = heads * head_dim
+        self.linear_projection = linear_projection
+        self.norm = GroupNorm(groups, channels, 1e-6)
+        self.proj_in = Linear(channels, inner) if linear_projection else nn.Conv2d(channels, inner, 1)
+        self.transformer_blocks = nn.ModuleList(
+            [TransformerBlock(inner, heads, head_dim, context_dim) for _ in range(blocks)]
+        )
+        self.proj_out = zeroed(Linear(inner, channels) if linear_projection else nn.Conv2d(inner, channels, 1))
+
+    def forward(self, x: Image, context: Float[Tensor, "b l d"]) -> Image:
+        h = self.norm(x)
+        tokens = self.proj_in(to_tokens(h)) if self.linear_projection else to_tokens(self.proj_in(h))
+        for block in self.transformer_blocks:
+            tokens = block(tokens, context)
+        if self.linear_projection:
+            return x + to_image(self.proj_out(tokens), x)
+        return x + self.proj_out(to_image(tokens, x))

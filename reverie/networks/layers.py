@@ -1,0 +1,297 @@
+r"""The operators that networks are made of, each in one place, and the layers made of them.
+
+    group_norm:  y = act((x - mean_g) / sqrt(var_g + eps) * weight + bias),    or, with a scale and a shift,
+                 y = act(((x - mean_g) / ... + bias) * (1 + scale) + shift)                                 (1)
+    linear:      y = x W^T + b                                                                              (2)
+    attention:   y = softmax(q k^T / sqrt(D)) v, for each head of width D                                   (3)
+
+A faster operator replaces the body of one of these three functions, and nothing else. They keep the
+layout of what they are given: images in channels-last stay so, without a copy.
+
+References:
+    Denoising Diffusion Probabilistic Models (Ho et al., 2020), appendix B
+    https://arxiv.org/abs/2006.11239
+    Diffusion Models Beat GANs on Image Synthesis (Dhariwal & Nichol, 2021), section 3
+    https://arxiv.org/abs/2105.05233
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Real
+from torch import Tensor, nn
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "swish": F.silu,
+    "mish": F.mish,
+    "gelu": F.gelu,
+    "relu": F.relu,
+}
+
+Image = Float[Tensor, "b c h w"]
+Resample = Callable[[Tensor], Tensor]
+
+# Operators ------------------------------------------------------------------------------------
+
+
+def group_norm(
+    x: Float[Tensor, "b c ..."],
+    groups: int,
+    weight: Float[Tensor, " c"],
+    bias: Float[Tensor, " c"],
+    eps: float,
+    act: str | None = None,
+    scale: Float[Tensor, "b c ..."] | None = None,
+    shift: Float[Tensor, "b c ..."] | None = None,
+) -> Float[Tensor, "b c ..."]:
+    """Normalise each group of channels, scale and shift, and apply the activation: equation (1).
+
+    Arguments:
+        act: A name of `ACTIVATIONS`, or None.
+        scale: What the normalised x is multiplied by, less one; it comes with a shift.
+        shift: What is added then.
+    """
+    # torch.group_norm is F.group_norm without its check for one value in a group, which a 1x1 image may have.
+    y = torch.group_norm(x, groups, weight, bias, eps)
+    if scale is not None and shift is not None:
+        y = torch.addcmul(shift, y, 1 + scale)
+    return ACTIVATIONS[act](y) if act else y
+
+
+def linear(
+    x: Float[Tensor, "... i"], weight: Float[Tensor, "o i"], bias: Float[Tensor, " o"] | None = None
+) -> Float[Tensor, "... o"]:
+    """Multiply by a matrix and add a bias: equation (2)."""
+    return F.linear(x, weight, bias)
+
+
+def attention(
+    q: Float[Tensor, "b n c"], k: Float[Tensor, "b m c"], v: Float[Tensor, "b m c"], heads: int
+) -> Float[Tensor, "b n c"]:
+    """Let each of n tokens look at m tokens, with the channels cut into heads: equation (3).
+
+    Example:
+        >>> x = torch.randn(2, 5, 8)
+        >>> attention(x, x, x, heads=4).shape
+        torch.Size([2, 5, 8])
+    """
+    dtype = q.dtype
+    if q.device.type == "cpu" and dtype == torch.bfloat16 and q.requires_grad:
+        # Its backward pass in bfloat16 takes several times as long on the CPU as in float32.
+        q, k, v = q.float(), k.float(), v.float()
+    q, k, v = (tokens.unflatten(-1, (heads, -1)).transpose(1, 2) for tokens in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2).to(dtype)
+
+
+# The operators as modules, with PyTorch's parameter names ------------------------------------------
+
+
+class GroupNorm(nn.GroupNorm):
+    """Group norm followed by an activation, with a scale and a shift where they are given."""
+
+    def forward(
+        self, input: Tensor, act: str | None = None, scale: Tensor | None = None, shift: Tensor | None = None
+    ) -> Tensor:
+        return group_norm(input, self.num_groups, self.weight, self.bias, self.eps, act, scale, shift)
+
+
+class Linear(nn.Linear):
+    """nn.Linear on the operator of this file."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return linear(input, self.weight, self.bias)
+
+
+def zeroed(module: nn.Module) -> nn.Module:
+    """Set a module's parameters to zero: a branch that ends so starts as the identity."""
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
+    return module
+
+
+# Time -----------------------------------------------------------------------------------------
+
+
+class Sinusoids(nn.Module):
+    r"""Sines and cosines of the time at frequencies from 1 down to 1 / 10000.
+
+    f_k = 10000^(-k / (n - shift)), k = 0 .. n - 1, n = width // 2;    [sin(t f), cos(t f)]              (4)
+
+    They are computed in float32 whatever the network's type: a time of 999 has no place in bfloat16.
+
+    Arguments:
+        width: Number of features; an odd one ends with a zero.
+        cos_first: Cosines before sines.
+        shift: Zero, or one, which makes the last frequency 1 / 10000 exactly.
+
+    Example:
+        >>> Sinusoids(6)(torch.zeros(1)).tolist()
+        [[0.0, 0.0, 0.0, 1.0, 1.0, 1.0]]
+    """
+
+    def __init__(self, width: int, cos_first: bool = False, shift: float = 0.0) -> None:
+        super().__init__()
+        self.width, self.cos_first, self.shift = width, cos_first, shift
+
+    def forward(self, time: Real[Tensor, " b"]) -> Float[Tensor, "b w"]:
+        half = self.width // 2
+        index = torch.arange(half, dtype=torch.float32, device=time.device)
+        angle = time.float()[:, None] * torch.exp(-math.log(10000) * index / (half - self.shift))
+        waves = [angle.cos(), angle.sin()] if self.cos_first else [angle.sin(), angle.cos()]
+        return F.pad(torch.cat(waves, 1), (0, self.width % 2))
+
+
+class Fourier(nn.Module):
+    r"""Sines and cosines of the logarithm of the time (or of the time) at fixed random frequencies.
+
+    [sin(2 pi w log t), cos(2 pi w log t)],    w ~ N(0, scale^2)                                        (5)
+
+    Arguments:
+        frequencies: Number of frequencies; there are twice as many features.
+        scale: Their standard deviation.
+        log: Take the logarithm of the time, as for a noise level.
+
+    References:
+        Score-Based Generative Modeling through Stochastic Differential Equations (Song et al., 2021), appendix C
+        https://arxiv.org/abs/2011.13456
+    """
+
+    def __init__(self, frequencies: int, scale: float = 16.0, log: bool = True) -> None:
+        super().__init__()
+        self.log = log
+        self.weight = nn.Parameter(torch.randn(frequencies) * scale, requires_grad=False)
+
+    def forward(self, time: Real[Tensor, " b"]) -> Float[Tensor, "b w"]:
+        angle = (time.log() if self.log else time)[:, None] * self.weight * 2 * math.pi
+        return torch.cat([angle.sin(), angle.cos()], 1)
+
+
+class TimeEmbedding(nn.Module):
+    """Two linear layers with an activation between them, from features to an embedding."""
+
+    def __init__(self, features: int, width: int, act: str = "silu") -> None:
+        super().__init__()
+        self.act = ACTIVATIONS[act]
+        self.linear_1 = Linear(features, width)
+        self.linear_2 = Linear(width, width)
+
+    def forward(self, features: Float[Tensor, "b f"]) -> Float[Tensor, "b w"]:
+        return self.linear_2(self.act(self.linear_1(features.to(self.linear_1.weight.dtype))))
+
+
+# Resampling -----------------------------------------------------------------------------------
+# Any size n >= 1 is halved to ceil(n / 2), and the doubled image is cropped to the size it came from.
+
+
+def halve(x: Image) -> Image:
+    """Average 2x2 pixels, and those that there are at an odd edge."""
+    return F.avg_pool2d(x, 2, ceil_mode=True)
+
+
+def double(x: Image) -> Image:
+    """Repeat each pixel 2x2."""
+    return F.interpolate(x, scale_factor=2.0, mode="nearest")
+
+
+def crop(x: Image, like: Image) -> Image:
+    """Cut x to the height and width of another image; no copy, and nothing to do where they agree."""
+    height, width = like.shape[2:]
+    return x if x.shape[2:] == like.shape[2:] else x[:, :, :height, :width]
+
+
+class Downsample(nn.Module):
+    """A convolution with stride 2.
+
+    Arguments:
+        channels: Channels in and out.
+        padding: One pixel on every side (1), or at the right and the bottom only (0).
+    """
+
+    def __init__(self, channels: int, padding: int = 1) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=padding)
+        self.padding = padding
+
+    def forward(self, x: Image) -> Image:
+        if self.padding == 0:
+            x = F.pad(x, (0, 1 + x.shape[3] % 2, 0, 1 + x.shape[2] % 2))
+        return self.conv(x)
+
+
+class Upsample(nn.Module):
+    """Each pixel repeated 2x2, then a convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Image, like: Image) -> Image:
+        """Double x and crop it to the size of `like`."""
+        return self.conv(crop(double(x), like))
+
+
+# The residual block ---------------------------------------------------------------------------
+
+
+class ResidualBlock(nn.Module):
+    r"""Two convolutions with the time between them, beside a shortcut.
+
+    h = conv_1(act(norm_1(x))),    y = (shortcut(x) + conv_2(drop(act(norm_2(h, emb))))) / scale_out,      (6)
+
+    where the time is added, norm_2(h + W emb), or scales and shifts, norm_2(h) (1 + W_1 emb) + W_2 emb.
+
+    Arguments:
+        in_channels, out_channels: The shortcut is a 1x1 convolution where they differ.
+        time_channels: Width of the embedding, which comes with its activation already applied.
+        groups: Groups of the first norm and, unless groups_out is given, of the second.
+        scale_shift: The time scales and shifts instead of being added.
+        scale_out: What the sum is divided by.
+        resample: Applied to both branches: `halve`, `double`, or another.
+        shortcut: A 1x1 convolution even where the channels agree.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        time_channels: int,
+        *,
+        groups: int,
+        groups_out: int | None = None,
+        eps: float = 1e-5,
+        act: str = "silu",
+        dropout: float = 0.0,
+        scale_shift: bool = False,
+        scale_out: float = 1.0,
+        resample: Resample | None = None,
+        shortcut: bool = False,
+    ) -> None:
+        super().__init__()
+        self.act, self.scale_shift, self.scale_out, self.resample = act, scale_shift, scale_out, resample
+        self.norm1 = GroupNorm(groups, in_channels, eps)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.time_emb_proj = Linear(time_channels, out_channels * (2 if scale_shift else 1))
+        self.norm2 = GroupNorm(groups_out or groups, out_channels, eps)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = zeroed(nn.Conv2d(out_channels, out_channels, 3, padding=1))
+        self.conv_shortcut = None
+        if shortcut or in_channels != out_channels:
+            self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x: Image, emb: Float[Tensor, "b t"], like: Image | None = None) -> Image:
+        """Return y; with a resampling, both branches are cropped to the size of `like` where it is given."""
+        h = self.norm1(x, self.act)
+        if self.resample is not None:
+            x, h = self.resample(x), self.resample(h)
+        if like is not None:
+            x, h = crop(x, like), crop(h, like)
+        h = self.conv1(h)
+        time = self.time_emb_proj(emb)[:, :, None, None]
+        h = self.norm2(h, self.act, *time.chunk(2, 1)) if self.scale_shift else self.norm2(h + time, self.act)
+        h = self.conv2(self.dropout(h))
+        if self.conv_shortcut is not None:
+            x = self.conv_shortcut(x)
+        return x + h if self.scale_out == 1 else (x + h) / self.scale_out

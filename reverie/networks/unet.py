@@ -1,0 +1,229 @@
+r"""The U-Net: down through the levels, across the bottom, and up again with what was left on the way.
+
+    emb = act(W_2 silu(W_1 features(time)) + embedding(label))                                              (1)
+    x_0 = conv(x);  x_{l+1} = down_l(x_l, emb);  y_L = middle(x_L, emb);  y_l = up_l([y_{l+1}, x_l], emb)       (2)
+    out = conv(silu(norm(y_0)))                                                                             (3)
+
+Its parameters have the names and shapes of diffusers' UNet2DModel (with a context, of the layers of
+UNet2DConditionModel), so that weights go from one to the other as they are. It takes images of any size:
+an odd size is halved upwards, and the doubled image is cropped to what it came from.
+
+References:
+    Denoising Diffusion Probabilistic Models (Ho et al., 2020), appendix B
+    https://arxiv.org/abs/2006.11239
+    Diffusion Models Beat GANs on Image Synthesis (Dhariwal & Nichol, 2021), section 3
+    https://arxiv.org/abs/2105.05233
+    High-Resolution Image Synthesis with Latent Diffusion Models (Rombach et al., 2022), section 3.3
+    https://arxiv.org/abs/2112.10752
+"""
+
+from collections.abc import Mapping
+
+import torch
+from jaxtyping import Float, Real
+from torch import Tensor, nn
+
+from reverie.base.errors import ModelFileError, UsageError
+from reverie.networks.layers import ACTIVATIONS, Fourier, GroupNorm, Sinusoids, TimeEmbedding, zeroed
+from reverie.networks.skip_blocks import SkipDownBlock, SkipUpBlock
+from reverie.networks.unet_blocks import Block, DownBlock, MiddleBlock, UpBlock
+from reverie.networks.unet_config import UNetConfig
+
+__all__ = ["UNet", "UNetConfig", "modern_names"]
+
+
+class UNet(nn.Module):
+    """A U-Net: images and one time for each in, images out.
+
+    Arguments:
+        config: What it is made of.
+
+    Example:
+        >>> unet = UNet(UNetConfig(in_channels=1, channels=(8, 16), attention=(False, True), num_class_embeds=11))
+        >>> unet(torch.zeros(2, 1, 13, 7), time=torch.tensor([0.0, 999.0]), label=torch.tensor([3, 10])).shape
+        torch.Size([2, 1, 13, 7])
+    """
+
+    Config = UNetConfig
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__()
+        self.config = config
+        first = config.channels[0]
+        self.conv_in = nn.Conv2d(config.in_channels, first, 3, padding=1)
+        self.time_proj = self._time_features()
+        features = 2 * first if config.time_embedding_type == "fourier" else first
+        # diffusers' two classes differ here: the activation inside is SiLU in the one, the config's in the other.
+        act = "silu" if config.context_dim is None else config.act_fn
+        self.act = ACTIVATIONS[config.act_fn]
+        self.act_out = act
+        self.time_embedding = TimeEmbedding(features, config.time_channels, act)
+        self.class_embedding: nn.Module | None = None
+        if config.class_embed_type == "timestep":
+            self.class_embedding = TimeEmbedding(features, config.time_channels, act)
+        elif config.class_embed_type == "identity":
+            self.class_embedding = nn.Identity()
+        elif config.num_class_embeds is not None:
+            self.class_embedding = nn.Embedding(config.num_class_embeds, config.time_channels)
+
+        levels = range(len(config.channels))
+        self.down_blocks = nn.ModuleList(
+            [
+                (SkipDownBlock if "Skip" in kind else DownBlock)(config, kind, level)
+                for level, kind in zip(levels, config.down_types, strict=True)
+            ]
+        )
+        self.mid_block = None if config.middle == "none" else MiddleBlock(config)
+        self.up_blocks = nn.ModuleList(
+            [
+                (SkipUpBlock if "Skip" in kind else UpBlock)(config, kind, level)
+                for level, kind in zip(reversed(levels), config.up_types, strict=True)
+            ]
+        )
+        self.conv_norm_out = GroupNorm(config.groups(first), first, config.norm_eps)
+        self.conv_out = zeroed(nn.Conv2d(first, config.out_channels, 3, padding=1))
+
+    def _time_features(self) -> nn.Module:
+        config, first = self.config, self.config.channels[0]
+        if config.time_embedding_type == "fourier":
+            return Fourier(first)
+        if config.time_embedding_type == "learned":
+            assert config.num_train_timesteps is not None
+            return nn.Embedding(config.num_train_timesteps, first)
+        return Sinusoids(first, config.flip_sin_to_cos, config.freq_shift)
+
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """Whether the inside of each layer is computed again for the gradients instead of being kept."""
+        return any(block.checkpointing for block in self.modules() if isinstance(block, Block))
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, on: bool) -> None:
+        for block in self.modules():
+            if isinstance(block, Block):
+                block.checkpointing = on
+
+    def forward(
+        self,
+        x: Float[Tensor, "b c h w"],
+        time: Real[Tensor, " b"],
+        label: Real[Tensor, "b ..."] | None = None,
+        context: Float[Tensor, "b l d"] | None = None,
+    ) -> Float[Tensor, "b out h w"]:
+        """Return one image for each of the images x, at their times.
+
+        Arguments:
+            x: Images (B, C, H, W) of any size.
+            time: One time for each (B,), not necessarily a whole number.
+            label: One class for each (B,), where the config has classes; with class_embed_type "timestep"
+                a number (B,), with "identity" an embedding (B, time_channels).
+            context: What the transformers attend to (B, L, D), where the config has context_dim.
+
+        Raises:
+            UsageError: Something is missing, is not wanted, or has the wrong shape.
+        """
+        self._check(x, time, label, context)
+        emb = self._embed(time, label)
+        x = 2 * x - 1 if self.config.center_input_sample else x
+        image: Tensor | None = x
+        x = self.conv_in(x)
+        skips = [x]
+        for block in self.down_blocks:
+            x, image = block(x, emb, context, skips, image)
+        if self.mid_block is not None:
+            x = self.mid_block(x, emb, context)
+        image = None
+        for block in self.up_blocks:
+            x, image = block(x, emb, context, skips, image)
+        x = self.conv_out(self.conv_norm_out(x, self.act_out))
+        if image is not None:
+            x = x + image
+        if self.config.time_embedding_type == "fourier":
+            x = (x / time[:, None, None, None]).to(x.dtype)
+        return x
+
+    def _embed(self, time: Tensor, label: Tensor | None) -> Float[Tensor, "b t"]:
+        """Return the embedding of time and label, activated: equation (1)."""
+        emb = self.time_embedding(self._features(time))
+        if label is not None and self.class_embedding is not None:
+            if isinstance(self.class_embedding, nn.Embedding):
+                emb = emb + self.class_embedding(checked(label, self.class_embedding, "label"))
+            elif self.config.class_embed_type == "timestep":
+                emb = emb + self.class_embedding(self._features(label))
+            else:
+                emb = emb + label.to(emb.dtype)
+        return self.act(emb)
+
+    def _features(self, time: Tensor) -> Tensor:
+        if isinstance(self.time_proj, nn.Embedding):
+            return self.time_proj(checked(time, self.time_proj, "time"))
+        return self.time_proj(time)
+
+    def _check(self, x: Tensor, time: Tensor, label: Tensor | None, context: Tensor | None) -> None:
+        config, count = self.config, len(x)
+        if x.ndim != 4 or x.shape[1] != config.in_channels:
+            raise UsageError(f"the images are {tuple(x.shape)}; this network takes (B, {config.in_channels}, H, W)")
+        if time.shape != (count,):
+            raise UsageError(f"time is {tuple(time.shape)}; it must hold one number for each image, ({count},)")
+        if (label is None) != (self.class_embedding is None):
+            wanted = "needs a label for each image" if label is None else "was built without classes; give no label"
+            raise UsageError(f"this network {wanted}")
+        width = (config.time_channels,) if config.class_embed_type == "identity" else ()
+        if label is not None and label.shape != (count, *width):
+            raise UsageError(f"label is {tuple(label.shape)}; it must be {(count, *width)}")
+        if (context is None) != (config.context_dim is None):
+            wanted = "needs a context for each image" if context is None else "attends to no context; give none"
+            raise UsageError(f"this network {wanted}")
+        if context is not None and (
+            context.ndim != 3 or (len(context), context.shape[2]) != (count, config.context_dim)
+        ):
+            raise UsageError(f"context is {tuple(context.shape)}; it must be ({count}, L, {config.context_dim})")
+
+
+def checked(index: Tensor, table: nn.Embedding, what: str) -> Tensor:
+    """Return an index into a table's rows as int64, having refused one that has no row.
+
+    The look at the numbers costs a wait for a GPU, which checks for itself; there it is left out.
+
+    Raises:
+        UsageError: An index is not a whole number from 0 to the last row.
+    """
+    if index.device.type == "cpu" and not torch.compiler.is_compiling():
+        wrong = index[(index < 0) | (index >= table.num_embeddings) | (index != index.long())]
+        if len(wrong):
+            raise UsageError(f"{what} {wrong[0].item()} is not one of 0 .. {table.num_embeddings - 1}")
+    return index.long()
+
+
+# What attention and Fourier features were called in older checkpoints of diffusers.
+OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+def modern_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a state dict of diffusers with the names of an older version brought up to date.
+
+    Raises:
+        ModelFileError: A tensor is there under its old name and, different, under its new one.
+
+    Example:
+        >>> list(modern_names({"mid_block.attentions.0.query.weight": torch.zeros(1)}))
+        ['mid_block.attentions.0.to_q.weight']
+    """
+    renamed: dict[str, Tensor] = {}
+    for name, tensor in state_dict.items():
+        new = modern_name(name)
+        if new in renamed and not torch.equal(renamed[new], tensor):
+            raise ModelFileError(f"the checkpoint has {new} twice, under its old name too, with different values")
+        renamed[new] = tensor
+    return renamed
+
+
+def modern_name(name: str) -> str:
+    """Return the present name of one tensor."""
+    if name == "time_proj.W":
+        return "time_proj.weight"
+    owner, _, leaf = name.rpartition(".")
+    place, _, layer = owner.rpartition(".")
+    if layer not in OLD_NAMES or ".attentions." not in f".{place}.":
+        return name
+    return f"{place}.{OLD_NAMES[layer]}.{leaf}"
