@@ -12,10 +12,10 @@ References:
     https://doi.org/10.1145/2063384.2063405
 """
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import Any
 
 import numpy as np
 import torch
@@ -31,8 +31,12 @@ def generator(*key: int | str) -> np.random.Generator:
     Example:
         >>> bool(generator(0, "order", 3).random() == generator(0, "order", 3).random())
         True
+
+    Raises:
+        TypeError: A part of the key that is no integer and no word; a float is no name for anything.
     """
-    digest = blake2b(repr(key).encode(), digest_size=16).digest()
+    words = tuple(part if isinstance(part, str) else int(operator.index(part)) for part in key)
+    digest = blake2b(repr(words).encode(), digest_size=16).digest()
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
 
 
@@ -70,9 +74,9 @@ class Noise:
         """Return standard normal noise (B, *shape): row i is draw draws[i] of seed seeds[i]."""
         return torch.stack([normal(shape, s, "sample", int(d)) for s, d in zip(self.seeds, draws, strict=True)])
 
-    def like(self, x: Tensor, draws: Any) -> Tensor:
+    def like(self, x: Tensor, draws: Sequence[int] | Tensor) -> Tensor:
         """Return noise of x's shape (B, *D), in its dtype and on its device."""
-        return self(x.shape[1:], [int(d) for d in draws]).to(x)
+        return self(x.shape[1:], draws.tolist() if isinstance(draws, Tensor) else draws).to(x)
 
     def rows(self, index: Sequence[int]) -> "Noise":
         """Return the noise of some of the samples."""

@@ -48,6 +48,10 @@ class Registry(Mapping[str, Any]):
         module, attribute = self.places[name].split(":")
         return getattr(import_module(module), attribute)
 
+    def get(self, name: str, default: Any = None) -> Any:
+        """Return the object of that name, or the default."""
+        return self[name] if name in self.places else default  # Mapping's own expects a KeyError
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.places)
 

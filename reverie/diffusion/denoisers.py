@@ -10,6 +10,7 @@ an estimate (clipping, guidance, an inpainting rule) is a denoiser made of denoi
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -68,7 +69,8 @@ class NetworkDenoiser(Denoiser):
         dtype: Run the network under autocast in this dtype (bfloat16).
 
     Raises:
-        UsageError: The prediction is eps or score on a schedule whose alpha ends at 0.
+        UsageError: The prediction is eps, score or edm on a schedule whose alpha ends at 0; or the network's
+            output has not the shape that learned_variance calls for.
 
     Example:
         >>> from reverie.diffusion.schedules import linear
@@ -91,15 +93,15 @@ class NetworkDenoiser(Denoiser):
         self.network, self.schedule, self.dtype = network, schedule, dtype
         self.prediction: Prediction = predictions[prediction]() if isinstance(prediction, str) else prediction
         self.learned_variance = learned_variance
-        if self.prediction.name in ("eps", "score") and schedule.zero_terminal_snr:
+        if schedule.zero_terminal_snr and not self.prediction.at_zero_signal:
             raise UsageError(
                 f"{self.prediction.name}-prediction has no meaning on a schedule that ends at zero signal "
-                "(alpha = 0 at t = 1, x_0 would be 0/0); predict v or x0"
+                "(alpha = 0 at t = 1, its x_0 or its clock is not finite there); predict v, x0 or velocity"
             )
 
     def forward(self, x: Data, t: Times, condition: Condition | None = None) -> Estimate:
-        alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
-        output = self.output(x, t, condition).to(x.dtype)
+        alpha, sigma = self.schedule.marginal(t)
+        output = self.call(x, t, alpha, sigma, condition).to(x.dtype)
         fraction = None
         if self.learned_variance:
             output, fraction = output.chunk(2, dim=1)
@@ -108,10 +110,21 @@ class NetworkDenoiser(Denoiser):
 
     def output(self, x: Data, t: Times, condition: Condition | None = None) -> Tensor:
         """Return the network's raw output at x."""
-        scale = self.prediction.input_scale(self.schedule.alpha(t), self.schedule.sigma(t))
-        inputs, time = x * per_sample(scale, x), self.prediction.clock(self.schedule, t).to(x.dtype)
-        with torch.autocast(x.device.type, self.dtype, enabled=self.dtype is not None):
-            return self.network(inputs, time, **(condition or {}))
+        return self.call(x, t, *self.schedule.marginal(t), condition)
+
+    def call(self, x: Data, t: Times, alpha: Times, sigma: Times, condition: Condition | None) -> Tensor:
+        """Return the network's raw output at x, whose scales are known already, its shape checked."""
+        inputs = self.prediction.inputs(x, alpha, sigma)
+        time = self.prediction.clock(self.schedule, t).to(x.dtype)
+        with nullcontext() if self.dtype is None else torch.autocast(x.device.type, self.dtype):
+            output = self.network(inputs, time, **(condition or {}))
+        due = (len(x), x.shape[1] * (2 if self.learned_variance else 1), *x.shape[2:])
+        if output.shape != due:
+            raise UsageError(
+                f"the network gives {tuple(output.shape)} for noisy data {tuple(x.shape)}, where {due} is due "
+                f"(learned_variance is {self.learned_variance}; it doubles the channels)"
+            )
+        return output
 
 
 class Clipped(Denoiser):
@@ -150,21 +163,24 @@ class Thresholded(Denoiser):
         super().__init__()
         if not 0 < quantile <= 1:
             raise UsageError(f"the threshold's quantile is {quantile}; it must lie in (0, 1]")
+        if not limit > 0:
+            raise UsageError(f"the threshold's limit is {limit}; it must be positive")
         self.denoiser, self.schedule = denoiser, denoiser.schedule
         self.quantile, self.limit = quantile, limit
 
     def forward(self, x: Data, t: Times, condition: Condition | None = None) -> Estimate:
         estimate = self.denoiser(x, t, condition)
-        threshold = estimate.x0.flatten(1).abs().float().quantile(self.quantile, dim=1).clamp(min=self.limit)
-        threshold = per_sample(threshold, x)
+        size = estimate.x0.flatten(1).abs()
+        size = size.to(torch.promote_types(size.dtype, torch.float32))  # quantile takes no half precision
+        threshold = per_sample(size.quantile(self.quantile, dim=1).clamp(min=self.limit), x)
         x0 = estimate.x0.clamp(-threshold, threshold) * (self.limit / threshold)
         return with_x0(estimate, x0, x, t, self.schedule)
 
 
 def with_x0(estimate: Estimate, x0: Data, x: Data, t: Times, schedule: Schedule) -> Estimate:
     """Return the estimate with another x_0 (B, *D), and the noise that makes x of it, by (1)."""
-    sigma = per_sample(schedule.sigma(t), x)
-    eps = (x - per_sample(schedule.alpha(t), x) * x0) / sigma
+    alpha, sigma = (per_sample(value, x) for value in schedule.marginal(t))
+    eps = (x - alpha * x0) / sigma
     return Estimate(x0, torch.where(sigma > 0, eps, estimate.eps), estimate.fraction)
 
 
@@ -173,7 +189,8 @@ class FixedBatch(Denoiser):
 
     On a CPU the bits of a row of a network's output depend on the size of the batch (the matrix
     products choose their blocking by it), though not on its neighbours nor on its place. With the size
-    fixed, a sample comes out the same alone and in any company.
+    fixed, a sample comes out the same alone and in any company. It goes around the network's denoiser,
+    inside of what binds conditions to rows (guidance).
 
     Arguments:
         denoiser: The denoiser to call.
@@ -187,13 +204,14 @@ class FixedBatch(Denoiser):
         self.denoiser, self.schedule, self.size = denoiser, denoiser.schedule, size
 
     def forward(self, x: Data, t: Times, condition: Condition | None = None) -> Estimate:
-        parts = [self.call(i, x, t, condition or {}) for i in range(0, len(x), self.size)]
+        parts = [self.call(i, x, t, condition) for i in range(0, len(x), self.size)]
         x0 = torch.cat([part.x0 for part in parts])[: len(x)]
         eps = torch.cat([part.eps for part in parts])[: len(x)]
         fractions = [part.fraction for part in parts if part.fraction is not None]
         return Estimate(x0, eps, torch.cat(fractions)[: len(x)] if fractions else None)
 
-    def call(self, start: int, x: Data, t: Times, condition: Condition) -> Estimate:
+    def call(self, start: int, x: Data, t: Times, condition: Condition | None) -> Estimate:
         """Return the estimate for the bucket that begins at a row, its padding a copy of the last row."""
         index = torch.arange(start, start + self.size, device=x.device).clamp(max=len(x) - 1)
-        return self.denoiser(x[index], t[index], {name: value[index] for name, value in condition.items()})
+        rows = {name: value[index] for name, value in condition.items()} if condition else None
+        return self.denoiser(x[index], t[index], rows)

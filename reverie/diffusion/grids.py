@@ -34,10 +34,14 @@ Grid = Float[Tensor, " n"]
 def close(times: Tensor) -> Grid:
     """Return the times with a final 0, checked to decrease."""
     grid = torch.cat([times.to(torch.float64), torch.zeros(1, dtype=torch.float64)])
-    if not bool((grid[1:] < grid[:-1]).all()) or not grid[0] <= 1:
-        raise UsageError(
-            f"a grid's times must decrease within (0, 1]; these are {[round(t, 6) for t in grid.tolist()]}"
-        )
+    if len(grid) < 2:
+        raise UsageError("a grid needs at least one time; these are none")
+    if not grid[0] <= 1:
+        raise UsageError(f"a grid's times lie in (0, 1]; the first of these is {grid[0].item():g}")
+    wrong = (~(grid[1:] < grid[:-1])).nonzero().flatten().tolist()
+    if wrong:
+        a, b = grid[wrong[0]].item(), grid[wrong[0] + 1].item()
+        raise UsageError(f"a grid's times decrease to 0; of these, number {wrong[0]} is {a:g} and the next {b:g}")
     return grid
 
 
@@ -49,10 +53,12 @@ def check_steps(schedule: Schedule, steps: int) -> None:
 
 
 def leading(schedule: Schedule, steps: int, offset: int = 0) -> Grid:
-    """Return the leading grid (steps + 1,): multiples of T // steps, plus an offset."""
+    """Return the leading grid (steps + 1,): multiples of T // steps, plus an offset (on a table)."""
     check_steps(schedule, steps)
     if not isinstance(schedule, Table):
-        return close((torch.arange(steps, 0, -1, dtype=torch.float64) - 1) / steps + schedule.t_min)
+        if offset:
+            raise UsageError(f"offset is {offset}; it counts a table's timesteps, and this schedule is no table")
+        return close(torch.arange(steps - 1, -1, -1) / steps * (1 - schedule.t_min) + schedule.t_min)
     stride = schedule.timesteps // steps
     timesteps = torch.arange(steps - 1, -1, -1) * stride + offset
     if offset < 0 or timesteps[0] >= schedule.timesteps:
@@ -72,10 +78,10 @@ def trailing(schedule: Schedule, steps: int) -> Grid:
         [1.0, 0.75, 0.5, 0.25, 0.0]
     """
     check_steps(schedule, steps)
-    left = torch.arange(steps, 0, -1, dtype=torch.float64) / steps
+    left = torch.arange(steps, 0, -1, dtype=torch.float64)
     if isinstance(schedule, Table):
-        return close(schedule.time_of_timestep((left * schedule.timesteps).round() - 1))
-    return close(left)
+        return close(schedule.time_of_timestep((left * schedule.timesteps / steps).round() - 1))
+    return close(left / steps)
 
 
 def linspace(schedule: Schedule, steps: int) -> Grid:
@@ -104,22 +110,24 @@ def uniform_log_snr(schedule: Schedule, steps: int) -> Grid:
 
 
 def ends(schedule: Schedule) -> tuple[float, float]:
-    """Return log_snr at t = 1 and at the first time; where it is -inf at t = 1, that at t = 0.999 instead."""
+    """Return log_snr at t = 1 and at t_min; where it is -inf at t = 1, that at t = 0.999 instead."""
     latest = 0.999 if schedule.zero_terminal_snr else 1.0
     start, end = schedule.log_snr(torch.tensor([latest, schedule.t_min], dtype=torch.float64)).tolist()
     return start, end
 
 
 def from_log_snr(schedule: Schedule, log_snr: Grid) -> Grid:
-    """Return the grid (N + 1,) of increasing log_snr (N,), its first point moved to t = 1 exactly."""
+    """Return the grid (N + 1,) of increasing log_snr (N,), its ends moved to t_min and t = 1 exactly."""
     times = schedule.time(log_snr)
+    times[-1] = schedule.t_min
     times[0] = 1.0
     return close(times)
 
 
 def from_times(times: Sequence[float]) -> Grid:
-    """Return the grid (N + 1,) of any N decreasing times in (0, 1]; the final 0 is added."""
-    return close(torch.tensor([float(t) for t in times if t != 0], dtype=torch.float64))
+    """Return the grid (N + 1,) of any N decreasing times in (0, 1]; the final 0 is added where it lacks."""
+    times = [float(t) for t in times]
+    return close(torch.tensor(times[:-1] if times[-1:] == [0] else times, dtype=torch.float64))
 
 
 def from_timesteps(schedule: Schedule, timesteps: Sequence[int]) -> Grid:

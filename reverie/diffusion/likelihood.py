@@ -52,7 +52,7 @@ def gaussian_kl(mean_1: Tensor, log_variance_1: Tensor, mean_2: Tensor, log_vari
         tensor(0.5000)
     """
     gap = log_variance_1 - log_variance_2
-    return 0.5 * (gap.exp() - 1 - gap + (mean_1 - mean_2).square() * (-log_variance_2).exp())
+    return 0.5 * (torch.expm1(gap) - gap + (mean_1 - mean_2).square() * (-log_variance_2).exp())
 
 
 def gaussian_log_mass(x: Data, mean: Data, log_variance: Tensor, levels: int | None) -> Data:
@@ -83,10 +83,15 @@ def log_normal_mass(lower: Tensor, upper: Tensor) -> Tensor:
     return log_upper + torch.log(-torch.expm1(gap))
 
 
+def log_small(q: Posterior, first: Tensor, like: Data) -> Tensor:
+    """Return ln small, broadcastable to (B, *D); at the first time, where it is ln 0, ln first stands for it."""
+    return per_sample(torch.where(q.small > 0, q.small, first.to(q.small)).log(), like)
+
+
 def log_variances(q: Posterior, estimate: Estimate, variance: Variance, floor: Tensor) -> Tensor:
     """Return the model's ln variance, broadcastable to (B, *D); at the first time, where the small one is 0,
     the floor stands for it."""
-    small, large = per_sample(q.small.maximum(floor).log(), estimate.x0), per_sample(q.large.log(), estimate.x0)
+    small, large = log_small(q, floor, estimate.x0), per_sample(q.large.log(), estimate.x0)
     if variance != "learned":
         return (small if variance == "small" else large).expand_as(estimate.x0)
     if estimate.fraction is None:
@@ -111,12 +116,20 @@ def term(
     s = schedule.time_of_timestep((schedule.timestep(t) - 1).round())
     q = posterior(schedule, s, t)
     mean, guess = q.mean(x0, x), q.mean(estimate.x0, x)
-    log_variance = log_variances(q, estimate, variance, first_small(schedule).to(t.device))
-    exact = per_sample(q.small.maximum(first_small(schedule).to(t.device)).log(), x)
-    kl = gaussian_kl(mean, exact, guess, log_variance)
+    first = first_small(schedule)
+    log_variance = log_variances(q, estimate, variance, first)
+    kl = gaussian_kl(mean, log_small(q, first, x), guess, log_variance)
     decoder = -gaussian_log_mass(x0, guess, log_variance, levels)
     nats = torch.where(per_sample(s, x) > 0, kl, decoder)
     return nats.flatten(1).mean(1) / math.log(2)
+
+
+def check_options(variance: str, levels: int | None) -> None:
+    """Refuse a variance or a number of levels that there is not."""
+    if variance not in ("small", "large", "learned"):
+        raise UsageError(f"variance is {variance!r}; it must be small, large or learned")
+    if levels is not None and levels < 2:
+        raise UsageError(f"levels is {levels}; it must be at least 2, or None for continuous data")
 
 
 def first_small(schedule: Table) -> Tensor:
@@ -155,8 +168,9 @@ def bound(
         levels: 256 for 8-bit data, None for continuous data.
 
     Raises:
-        UsageError: The schedule is no table.
+        UsageError: The schedule is no table, or there is no such variance or number of levels.
     """
+    check_options(variance, levels)
     schedule = denoiser.schedule
     if not isinstance(schedule, Table):
         raise UsageError("the variational bound needs a schedule that is a table")

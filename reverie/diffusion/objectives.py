@@ -21,12 +21,12 @@ from torch.nn import functional
 
 from reverie.base.errors import UsageError
 from reverie.diffusion.denoisers import Condition, Denoiser, Estimate, Times
-from reverie.diffusion.likelihood import term
+from reverie.diffusion.likelihood import check_options, term
 from reverie.diffusion.predictions import Data, Prediction
 from reverie.diffusion.process import diffuse
 from reverie.diffusion.registry import predictions, weights
 from reverie.diffusion.schedules import Table
-from reverie.diffusion.weights import Weight
+from reverie.diffusion.weights import Uniform, Weight
 
 Distance = Literal["l2", "l1", "huber"]
 
@@ -64,7 +64,8 @@ class Simple(Objective):
         huber_width: Where Huber's distance turns from square to linear.
 
     Raises:
-        UsageError: A name that there is not; a weight other than uniform with l1, for which it has no meaning.
+        UsageError: A name that there is not; a weight other than uniform with l1 or huber, for which it has no
+            meaning; a width without huber, which would have no effect.
 
     Example:
         >>> from reverie.diffusion.oracles import Mixture
@@ -83,12 +84,14 @@ class Simple(Objective):
     ) -> None:
         if distance not in ("l2", "l1", "huber"):
             raise UsageError(f"the distance is {distance!r}; it must be l2, l1 or huber")
-        if distance != "l2" and weight != "uniform":
-            raise UsageError(f"weight {weight!r} is defined for the squared error; with {distance} it must be uniform")
         if not huber_width > 0:
             raise UsageError(f"huber_width is {huber_width}; it must be positive")
+        if distance != "huber" and huber_width != 1.0:
+            raise UsageError(f"huber_width is {huber_width}, which has no effect on {distance}; leave it out")
         self.target: Prediction = predictions[target]() if isinstance(target, str) else target
         self.weight: Weight = weights[weight]() if isinstance(weight, str) else weight
+        if distance != "l2" and not isinstance(self.weight, Uniform):
+            raise UsageError(f"weight {weight!r} is defined for the squared error; with {distance} it must be uniform")
         self.distance, self.huber_width = distance, huber_width
 
     def __call__(
@@ -113,10 +116,11 @@ class Variational(Objective):
         levels: The data's levels in [-1, 1]: 256 for 8 bits, or None for data that is continuous.
 
     Raises:
-        UsageError: The schedule is no table.
+        UsageError: The schedule is no table, or there is no such variance or number of levels.
     """
 
     def __init__(self, variance: Literal["small", "large", "learned"] = "small", levels: int | None = 256) -> None:
+        check_options(variance, levels)
         self.variance, self.levels = variance, levels
 
     def __call__(
@@ -158,7 +162,7 @@ class Hybrid(Objective):
 
 def errors_by_time(losses: Tensor, t: Times, bins: int = 10) -> Float[Tensor, " n"]:
     """Return the mean loss (bins,) in equal bins of t; NaN where there is no sample."""
-    index = (t.double() * bins).ceil().long().clamp(1, bins) - 1
+    index = (t.double() * bins - 1e-9).ceil().long().clamp(1, bins) - 1  # 0.7 * 10 is a little more than 7
     total = torch.zeros(bins, dtype=torch.float64).index_add_(0, index.cpu(), losses.detach().double().cpu())
     count = torch.zeros(bins, dtype=torch.float64).index_add_(
         0, index.cpu(), torch.ones(len(losses), dtype=torch.float64)

@@ -23,6 +23,12 @@ from reverie.diffusion.predictions import Data, per_sample
 from reverie.diffusion.schedules import Schedule
 
 
+def refuse(condition: Condition | None) -> None:
+    """Refuse a condition: the oracles have none."""
+    if condition:
+        raise UsageError(f"an oracle takes no condition, and was given {sorted(condition)}")
+
+
 class Mixture(Denoiser):
     """The exact denoiser of a Gaussian mixture with diagonal covariances, in any shape of data.
 
@@ -33,7 +39,7 @@ class Mixture(Denoiser):
         schedule: The noise schedule.
 
     Raises:
-        UsageError: The shapes do not agree.
+        UsageError: The shapes do not agree, or a weight or a standard deviation has the wrong sign.
 
     Example:
         >>> from reverie.diffusion.schedules import Flow
@@ -60,6 +66,10 @@ class Mixture(Denoiser):
                 f"means {tuple(means.shape)}, stds {tuple(stds.shape)} and weights {tuple(weights.shape)} do not "
                 "describe one mixture; give (K, *D), (K,) or (K, *D), and (K,)"
             )
+        if not bool((weights > 0).all()) or not bool((stds >= 0).all()):
+            raise UsageError(
+                f"a mixture's weights are positive and its stds at least 0, not {weights.min():g} and {stds.min():g}"
+            )
         self.schedule = schedule
         self.shape = means.shape[1:]
         spread = per_sample(stds, means).expand_as(means) if round_components else stds
@@ -68,6 +78,7 @@ class Mixture(Denoiser):
         self.register_buffer("weights", weights / weights.sum())
 
     def forward(self, x: Data, t: Times, condition: Condition | None = None) -> Estimate:
+        refuse(condition)
         parts = self.parts(x, t)
         share = parts.responsibility[..., None]
         x0 = (share * (self.means.to(x) + parts.alpha * parts.spread * parts.pull)).sum(1)
@@ -76,8 +87,7 @@ class Mixture(Denoiser):
 
     def parts(self, x: Data, t: Times) -> "Parts":
         """Return what (1) is made of, for each sample and component."""
-        alpha = per_sample(self.schedule.alpha(t), x.flatten(1))[:, None]
-        sigma = per_sample(self.schedule.sigma(t), x.flatten(1))[:, None]
+        alpha, sigma = (per_sample(value, x.flatten(1))[:, None] for value in self.schedule.marginal(t))
         spread = self.stds.to(x).square()
         covariance = alpha.square() * spread + sigma.square()
         offset = x.flatten(1)[:, None] - alpha * self.means.to(x)
@@ -108,9 +118,8 @@ class Mixture(Denoiser):
     def draw(self, count: int, seed: int = 0) -> Data:
         """Return samples of the data itself (count, *D), fixed by the seed."""
         random = generator(seed, "mixture")
-        component = torch.from_numpy(
-            random.choice(len(self.weights), size=count, p=self.weights.double().cpu().numpy())
-        )
+        weights = self.weights.double().cpu()
+        component = torch.from_numpy(random.choice(len(weights), size=count, p=(weights / weights.sum()).numpy()))
         z = torch.from_numpy(random.standard_normal((count, self.means.shape[1]))).to(self.means)
         component = component.to(self.means.device)
         return (self.means[component] + self.stds[component] * z).reshape(count, *self.shape)
@@ -171,6 +180,7 @@ class Gaussian(Denoiser):
         self.register_buffer("basis", basis)
 
     def forward(self, x: Data, t: Times, condition: Condition | None = None) -> Estimate:
+        refuse(condition)
         alpha, sigma, pull = self.pull(x, t)
         x0 = self.center.to(x) + (alpha * self.values.to(x) * pull) @ self.basis.to(x).mT
         eps = (sigma * pull) @ self.basis.to(x).mT
@@ -179,7 +189,7 @@ class Gaussian(Denoiser):
     def pull(self, x: Data, t: Times) -> tuple[Tensor, Tensor, Tensor]:
         """Return alpha (B, 1), sigma (B, 1) and C^-1 (x - alpha m) in the eigenbasis (B, N)."""
         flat = x.flatten(1)
-        alpha, sigma = per_sample(self.schedule.alpha(t), flat), per_sample(self.schedule.sigma(t), flat)
+        alpha, sigma = (per_sample(value, flat) for value in self.schedule.marginal(t))
         offset = (flat - alpha * self.center.to(x)) @ self.basis.to(x)
         return alpha, sigma, offset / (alpha.square() * self.values.to(x) + sigma.square())
 
@@ -194,7 +204,7 @@ class Gaussian(Denoiser):
         """Return where the probability-flow ODE takes x_t (B, *D) at time s: equation (2)."""
         flat = x.flatten(1)
         alpha, sigma, pull = self.pull(x, t)
-        alpha_s, sigma_s = per_sample(self.schedule.alpha(s), flat), per_sample(self.schedule.sigma(s), flat)
+        alpha_s, sigma_s = (per_sample(value, flat) for value in self.schedule.marginal(s))
         before = alpha.square() * self.values.to(x) + sigma.square()
         after = alpha_s.square() * self.values.to(x) + sigma_s.square()
         moved = alpha_s * self.center.to(x) + (pull * (before * after).sqrt()) @ self.basis.to(x).mT

@@ -24,6 +24,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from reverie.base.errors import UsageError
 from reverie.diffusion.schedules import Schedule
 
 Data = Float[Tensor, "b *d"]
@@ -60,9 +61,12 @@ class Prediction(ABC):
         >>> v = V().encode(x0, eps, alpha, sigma)
         >>> V().decode(v, 0.8 * x0 + 0.6 * eps, alpha, sigma)
         Pair(x0=tensor([[1.]]), eps=tensor([[2.]]))
+
+    `at_zero_signal` says whether the output still tells x_0 where alpha = 0.
     """
 
     name: str
+    at_zero_signal: bool = True
 
     @abstractmethod
     def blend(self, alpha: PerSample, sigma: PerSample) -> tuple[Tensor, Tensor]:
@@ -80,11 +84,15 @@ class Prediction(ABC):
     def decode(self, output: Data, x: Data, alpha: PerSample, sigma: PerSample) -> Pair:
         """Return the data and the noise, each (B, *D), that an output F at x stands for: equation (2)."""
         a, b, c, d = (per_sample(value, x) for value in self.decoding(alpha, sigma))
-        return Pair(a * x + b * output, c * x + d * output)
+        return Pair(torch.addcmul(a * x, b, output), torch.addcmul(c * x, d, output))
 
     def input_scale(self, alpha: PerSample, sigma: PerSample) -> Tensor:
         """Return the factor on x before it enters the network, c_in."""
         return torch.ones_like(alpha)
+
+    def inputs(self, x: Data, alpha: PerSample, sigma: PerSample) -> Data:
+        """Return x (B, *D) as it enters the network: c_in x."""
+        return x
 
     def clock(self, schedule: Schedule, t: PerSample) -> Tensor:
         """Return the time as the network is given it: the schedule's timestep."""
@@ -95,12 +103,16 @@ class Eps(Prediction):
     """The noise: p = 0, q = 1. Has no meaning where alpha = 0."""
 
     name = "eps"
+    at_zero_signal = False
 
     def blend(self, alpha: PerSample, sigma: PerSample) -> tuple[Tensor, Tensor]:
         return torch.zeros_like(alpha), torch.ones_like(alpha)
 
     def decoding(self, alpha: PerSample, sigma: PerSample) -> Decoding:
         return Decoding(1 / alpha, -sigma / alpha, torch.zeros_like(alpha), torch.ones_like(alpha))
+
+    def decode(self, output: Data, x: Data, alpha: PerSample, sigma: PerSample) -> Pair:
+        return Pair(torch.addcmul(x, per_sample(-sigma, x), output) / per_sample(alpha, x), output)
 
 
 class X0(Prediction):
@@ -113,6 +125,9 @@ class X0(Prediction):
 
     def decoding(self, alpha: PerSample, sigma: PerSample) -> Decoding:
         return Decoding(torch.zeros_like(alpha), torch.ones_like(alpha), 1 / sigma, -alpha / sigma)
+
+    def decode(self, output: Data, x: Data, alpha: PerSample, sigma: PerSample) -> Pair:
+        return Pair(output, torch.addcmul(x, per_sample(-alpha, x), output) / per_sample(sigma, x))
 
 
 class V(Prediction):
@@ -132,6 +147,7 @@ class Score(Prediction):
     """The score of the noisy data, grad ln p_t(x) = -eps / sigma: p = 0, q = -1 / sigma."""
 
     name = "score"
+    at_zero_signal = False
 
     def blend(self, alpha: PerSample, sigma: PerSample) -> tuple[Tensor, Tensor]:
         return torch.zeros_like(alpha), -1 / sigma
@@ -158,10 +174,14 @@ class EDMOutput(Prediction):
 
         D = c_skip x / alpha + c_out F,    c_skip = d^2 / (s^2 + d^2),    c_out = s d / sqrt(s^2 + d^2),
 
-    and the network sees c_in x / alpha, c_in = 1 / sqrt(s^2 + d^2).
+    and the network sees c_in x / alpha, c_in = 1 / sqrt(s^2 + d^2). Its clock, ln(s) / 4, is infinite where
+    alpha = 0.
 
     Arguments:
         sigma_data: The data's standard deviation d.
+
+    Raises:
+        UsageError: sigma_data is not positive.
 
     References:
         Elucidating the Design Space of Diffusion-Based Generative Models (Karras et al., 2022), table 1
@@ -169,8 +189,11 @@ class EDMOutput(Prediction):
     """
 
     name = "edm"
+    at_zero_signal = False
 
     def __init__(self, sigma_data: float = 0.5) -> None:
+        if not sigma_data > 0:
+            raise UsageError(f"sigma_data is {sigma_data}; it must be positive")
         self.sigma_data = sigma_data
 
     def norm(self, alpha: PerSample, sigma: PerSample) -> Tensor:
@@ -188,6 +211,9 @@ class EDMOutput(Prediction):
 
     def input_scale(self, alpha: PerSample, sigma: PerSample) -> Tensor:
         return 1 / self.norm(alpha, sigma)
+
+    def inputs(self, x: Data, alpha: PerSample, sigma: PerSample) -> Data:
+        return x * per_sample(self.input_scale(alpha, sigma), x)
 
     def clock(self, schedule: Schedule, t: PerSample) -> Tensor:
         """Return c_noise = ln(sigma / alpha) / 4."""

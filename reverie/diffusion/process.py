@@ -22,7 +22,7 @@ from torch import Tensor
 
 from reverie.diffusion.denoisers import Times
 from reverie.diffusion.predictions import Data, per_sample
-from reverie.diffusion.schedules import Schedule
+from reverie.diffusion.schedules import Marginal, Schedule
 
 
 class Transition(NamedTuple):
@@ -56,13 +56,19 @@ def diffuse(schedule: Schedule, x0: Data, t: Times, eps: Data) -> Data:
         >>> diffuse(Flow(), torch.ones(1, 2), torch.tensor([0.25]), torch.zeros(1, 2))
         tensor([[0.7500, 0.7500]])
     """
-    return per_sample(schedule.alpha(t), x0) * x0 + per_sample(schedule.sigma(t), x0) * eps
+    alpha, sigma = schedule.marginal(t)
+    return per_sample(alpha, x0) * x0 + per_sample(sigma, x0) * eps
 
 
 def transition(schedule: Schedule, s: Times, t: Times) -> Transition:
     """Return q(x_t | x_s) for times s <= t (B,): equation (2)."""
-    alpha = schedule.alpha(t) / schedule.alpha(s)
-    variance = schedule.variance(t) - alpha.square() * schedule.variance(s)
+    return transition_between(schedule.marginal(s), schedule.marginal(t))
+
+
+def transition_between(at_s: Marginal, at_t: Marginal) -> Transition:
+    """Return q(x_t | x_s) where the marginals are known already."""
+    alpha = at_t.alpha / at_s.alpha
+    variance = at_t.sigma.square() - (alpha * at_s.sigma).square()
     return Transition(alpha, variance.clamp(min=0))
 
 
@@ -74,10 +80,15 @@ def diffuse_further(schedule: Schedule, x: Data, s: Times, t: Times, eps: Data) 
 
 def posterior(schedule: Schedule, s: Times, t: Times) -> Posterior:
     """Return q(x_s | x_t, x_0) for times s < t (B,): equation (3)."""
-    step = transition(schedule, s, t)
-    total, before = schedule.variance(t), schedule.variance(s)
+    return posterior_between(schedule.marginal(s), schedule.marginal(t))
+
+
+def posterior_between(at_s: Marginal, at_t: Marginal) -> Posterior:
+    """Return q(x_s | x_t, x_0) where the marginals are known already."""
+    step = transition_between(at_s, at_t)
+    total, before = at_t.sigma.square(), at_s.sigma.square()
     return Posterior(
-        on_x0=schedule.alpha(s) * step.variance / total,
+        on_x0=at_s.alpha * step.variance / total,
         on_x=step.alpha * before / total,
         small=step.variance * before / total,
         large=step.variance,

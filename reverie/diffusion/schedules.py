@@ -21,6 +21,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -28,6 +29,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid, softplus
 
 from reverie.base.errors import UsageError
+from reverie.base.registry import nearest
 
 Time = Float[Tensor, "*b"]
 MAX_FINITE = 1e30
@@ -36,10 +38,17 @@ MAX_FINITE = 1e30
 def derivative(function: Callable[[Time], Tensor], t: Time) -> Time:
     """Return d function / dt for an elementwise function, itself differentiable if t is."""
     create = t.requires_grad and torch.is_grad_enabled()
-    with torch.enable_grad():
-        t = t if create else t.detach().requires_grad_()
+    with torch.inference_mode(False), torch.enable_grad():
+        t = t if create else t.clone().detach().requires_grad_()
         (slope,) = torch.autograd.grad(function(t).sum(), t, create_graph=create, materialize_grads=True)
     return slope
+
+
+class Marginal(NamedTuple):
+    """q(x_t | x_0) = N(alpha x_0, sigma^2): one of each per time."""
+
+    alpha: Tensor
+    sigma: Tensor
 
 
 class Schedule(ABC):
@@ -75,6 +84,10 @@ class Schedule(ABC):
     def sigma(self, t: Time) -> Time:
         """Return sigma_t, the scale of the noise, at least 0."""
         return self.variance(t).sqrt()
+
+    def marginal(self, t: Time) -> Marginal:
+        """Return alpha_t and sigma_t together, which is cheaper than one by one."""
+        return Marginal(self.alpha(t), self.sigma(t))
 
     def log_snr(self, t: Time) -> Time:
         """Return 2 ln(alpha_t / sigma_t): +inf at t = 0, decreasing."""
@@ -118,6 +131,10 @@ class VariancePreserving(Schedule):
 
     def variance(self, t: Time) -> Time:
         return -torch.expm1(self.log_alpha_bar(t))
+
+    def marginal(self, t: Time) -> Marginal:
+        log_alpha_bar = self.log_alpha_bar(t)
+        return Marginal((log_alpha_bar / 2).exp(), (-torch.expm1(log_alpha_bar)).sqrt())
 
     def time(self, log_snr: Time) -> Time:
         return self.time_of_log_alpha_bar(logsigmoid(log_snr))
@@ -170,11 +187,12 @@ class SubVP(Schedule):
     def variance(self, t: Time) -> Time:
         return self.vp.variance(t).square()
 
+    def sigma(self, t: Time) -> Time:
+        return self.vp.variance(t)
+
     def time(self, log_snr: Time) -> Time:
-        # alpha / (1 - alpha^2) = r is a quadratic in alpha.
-        ratio = (log_snr / 2).exp()
-        alpha = 2 * ratio / (1 + (1 + 4 * ratio.square()).sqrt())
-        return self.vp.time_of_log_alpha_bar(2 * alpha.log())
+        # sigma / alpha = 1 / alpha - alpha = 2 sinh(-ln alpha), which does not cancel at small t.
+        return self.vp.time_of_log_alpha_bar(-2 * ((-log_snr / 2).exp() / 2).asinh())
 
 
 class VE(Schedule):
@@ -273,18 +291,26 @@ class Cosine(VariancePreserving):
         if not 0 <= offset < 1:
             raise UsageError(f"offset is {offset}; it must lie in [0, 1)")
         self.offset = offset
-
-    def angle(self, t: Time) -> Time:
-        return math.pi / 2 * (t + self.offset) / (1 + self.offset)
+        self.rate = math.pi / 2 / (1 + offset)  # a(t) = a(0) + rate t
+        self.cos, self.sin = math.cos(self.rate * offset), math.sin(self.rate * offset)  # of a(0)
 
     def log_alpha_bar(self, t: Time) -> Time:
-        # cos(a) as the sine of what is left to pi/2, so that it is exactly 0 at t = 1.
-        left = math.pi / 2 * (1 - t) / (1 + self.offset)
-        return 2 * (left.sin().log() - math.log(math.cos(math.pi / 2 * self.offset / (1 + self.offset))))
+        # Late, cos(a) is the sine of what is left to pi/2, exactly 0 at t = 1; early, cos(a) / cos(a(0)) is 1 less
+        # a product, exactly 1 at t = 0. Each branch is fed times that it is sound at, lest its slope be NaN.
+        late = t > 0.5
+        left = self.rate * (1 - torch.where(late, t, 0.5))
+        half = self.rate * torch.where(late, 0.5, t) / 2
+        lost = 2 * (self.rate * self.offset + half).sin() * half.sin() / self.cos
+        return 2 * torch.where(late, left.sin().log() - math.log(self.cos), torch.log1p(-lost))
 
     def time_of_log_alpha_bar(self, value: Time) -> Time:
-        cosine = (value / 2).exp() * math.cos(math.pi / 2 * self.offset / (1 + self.offset))
-        return 1 - cosine.asin() * (1 + self.offset) / (math.pi / 2)
+        # sin and cos of a(t) - a(0), the sine rationalised so that it does not cancel at small t.
+        variance = -torch.expm1(value)
+        cosine = (value / 2).exp() * self.cos
+        sine = (self.sin**2 + self.cos**2 * variance).sqrt()
+        tiny = torch.finfo(value.dtype).tiny
+        rise = self.cos**2 * variance / (sine * self.cos + cosine * self.sin).clamp(min=tiny)
+        return (torch.atan2(rise, cosine * self.cos + sine * self.sin) / self.rate).clamp(max=1)
 
 
 class Table(VariancePreserving):
@@ -311,18 +337,12 @@ class Table(VariancePreserving):
     """
 
     def __init__(self, betas: Float[Tensor, " n"]) -> None:
-        betas = torch.as_tensor(betas, dtype=torch.float64)
-        wrong = ((betas <= 0) | (betas > 1) | betas.isnan()).nonzero().flatten().tolist()
-        wrong = wrong or (betas[:-1] == 1).nonzero().flatten().tolist()
-        if betas.ndim != 1 or len(betas) < 2 or wrong:
-            where = f"beta {wrong[0]} is {betas[wrong[0]].item():g}" if wrong else f"its shape is {tuple(betas.shape)}"
-            raise UsageError(
-                f"a table of betas is a list of at least 2 numbers in (0, 1), only the last may be 1; {where}"
-            )
-        self.betas = betas
-        self.log_alpha_bars = torch.log1p(-betas).cumsum(0)
+        self.betas = check_betas(torch.as_tensor(betas, dtype=torch.float64).clone())
+        self.log_alpha_bars = torch.log1p(-self.betas).cumsum(0)
+        self.first = self.log_alpha_bars[0].item()
         self.log_snrs = self.log_alpha_bars - torch.log(-torch.expm1(self.log_alpha_bars))
-        self.ends_at_zero = bool(betas[-1] == 1)
+        self.slopes = self.log_snrs.diff().clamp(min=-MAX_FINITE)
+        self.ends_at_zero = bool(self.betas[-1] == 1)
         self.t_min = 1 / len(betas)
 
     @property
@@ -331,7 +351,7 @@ class Table(VariancePreserving):
         return len(self.betas)
 
     def timestep(self, t: Time) -> Time:
-        return self.timesteps * t - 1
+        return self.place(t) - 1
 
     def time_of_timestep(self, timestep: Tensor) -> Time:
         """Return t = (i + 1) / T in float64."""
@@ -340,19 +360,16 @@ class Table(VariancePreserving):
     def place(self, t: Time) -> Time:
         """Return T t, where a time that is an entry's up to rounding is that entry's exactly."""
         place = self.timesteps * t
-        entry = place.detach().round()
-        gap = (place.detach() - entry) * (
-            (place.detach() - entry).abs() <= 4 * torch.finfo(t.dtype).eps * self.timesteps
-        )
-        return place - gap
+        exact = place.detach()
+        gap = exact - exact.round()
+        return place - gap * (gap.abs() <= 4 * torch.finfo(t.dtype).eps * self.timesteps)
 
     def log_alpha_bar(self, t: Time) -> Time:
         place = self.place(t)
         low = place.detach().floor().clamp(1, self.timesteps - 1)
-        knots = self.log_snrs.to(t.device)
-        left, right = knots[low.long() - 1], knots[low.long()]
-        log_snr = left + (place - low) * (right - left).clamp(min=-MAX_FINITE)
-        result = torch.where(place < 1, self.log_alpha_bars[0].item() * place, logsigmoid(log_snr).to(t.dtype))
+        index = low.long() - 1
+        log_snr = self.log_snrs.to(t.device)[index] + (place - low) * self.slopes.to(t.device)[index]
+        result = torch.where(place < 1, self.first * place, logsigmoid(log_snr).to(t.dtype))
         if not self.ends_at_zero:
             return result
         falling = 2 * (self.timesteps - place).clamp(max=1).log() + self.log_alpha_bars[-2].item()
@@ -369,11 +386,23 @@ class Table(VariancePreserving):
         left, right = falling[index], falling[index + 1]
         place = index + 1 + ((-wide - left) / (right - left)).clamp(max=1)
         log_alpha_bar = logsigmoid(wide)
-        place = torch.where(-wide < falling[0], log_alpha_bar / self.log_alpha_bars[0].item(), place)
+        place = torch.where(-wide < falling[0], log_alpha_bar / self.first, place)
         if self.ends_at_zero:
             last = self.timesteps - ((log_alpha_bar - self.log_alpha_bars[-2].item()) / 2).exp()
             place = torch.where(-wide > falling[-2], last, place)
         return (place / self.timesteps).to(log_snr.dtype)
+
+
+def check_betas(betas: Tensor) -> Tensor:
+    """Return a table's betas if they are one, or say which is not."""
+    rule = "a table of betas is a list of at least 2 numbers in (0, 1), only the last may be 1"
+    if betas.ndim != 1 or len(betas) < 2:
+        raise UsageError(f"{rule}; its shape is {tuple(betas.shape)}")
+    inner = torch.arange(len(betas)) < len(betas) - 1
+    wrong = (~((betas > 0) & (betas <= 1)) | (inner & (betas == 1))).nonzero().flatten().tolist()
+    if wrong:
+        raise UsageError(f"{rule}; beta {wrong[0]} is {betas[wrong[0]].item():g}")
+    return betas
 
 
 # Tables of betas --------------------------------------------------------------------------------
@@ -450,6 +479,8 @@ def table(name: str, timesteps: int = 1000, zero_snr: bool = False, **options: f
     """
     if timesteps < 2:
         raise UsageError(f"timesteps is {timesteps}; a table needs at least 2")
+    if name not in BETAS:
+        raise UsageError(f"there is no table {name!r}{nearest(name, BETAS)} (known: {', '.join(BETAS)})")
     betas = BETAS[name](timesteps, **options)
     return Table(zero_terminal_snr(betas) if zero_snr else betas)
 

@@ -11,6 +11,7 @@ References:
     https://arxiv.org/abs/2102.09672
 """
 
+import math
 from abc import ABC, abstractmethod
 from typing import NamedTuple
 
@@ -71,6 +72,7 @@ class UniformTimes(TimeSampler):
 
     def __init__(self, schedule: Schedule) -> None:
         self.schedule = schedule
+        self.last = schedule.timesteps - 1 if isinstance(schedule, Table) else 0
 
     def __call__(self, count: int, *key: int | str) -> Draw:
         u = stratified(count, *key)
@@ -79,7 +81,7 @@ class UniformTimes(TimeSampler):
     def times(self, u: Tensor) -> Tensor:
         """Return the times at quantiles u (B,)."""
         if isinstance(self.schedule, Table):
-            return self.schedule.time_of_timestep((u * self.schedule.timesteps).floor())
+            return self.schedule.time_of_timestep((u * self.schedule.timesteps).floor().clamp(max=self.last))
         return self.schedule.t_min + u * (1 - self.schedule.t_min)
 
 
@@ -114,18 +116,24 @@ class ImportanceTimes(TimeSampler):
 
     Arguments:
         schedule: The noise schedule.
-        bins: Equal bins of t; at most a table's entries.
+        bins: Equal bins of t, a divisor of a table's entries; 100 where none is given, or the next divisor below.
         history: Losses kept for each bin.
         floor: The share of times that stay uniform.
+
+    Raises:
+        UsageError: A number out of its range.
     """
 
-    def __init__(self, schedule: Schedule, bins: int = 100, history: int = 10, floor: float = 0.001) -> None:
+    def __init__(self, schedule: Schedule, bins: int | None = None, history: int = 10, floor: float = 0.001) -> None:
         self.uniform = UniformTimes(schedule)
-        most = schedule.timesteps if isinstance(schedule, Table) else bins
-        if not 1 <= bins <= most:
-            raise UsageError(f"bins is {bins}; it must lie in 1..{most}")
-        if isinstance(schedule, Table) and schedule.timesteps % bins:
-            raise UsageError(f"bins is {bins}; it must divide the table's {schedule.timesteps} timesteps")
+        entries = schedule.timesteps if isinstance(schedule, Table) else None
+        if bins is None:
+            bins = next(n for n in range(100, 0, -1) if (entries or 100) % n == 0)
+        if bins < 1 or (entries and entries % bins):
+            rule = f"divide the table's {entries} entries" if entries else "be at least 1"
+            raise UsageError(f"bins is {bins}; it must {rule}")
+        if history < 1 or not 0 <= floor <= 1:
+            raise UsageError(f"history is {history} and floor {floor}; they must be at least 1, and within [0, 1]")
         self.schedule, self.floor = schedule, floor
         self.losses = torch.zeros(bins, history, dtype=torch.float64)
         self.counts = torch.zeros(bins, dtype=torch.int64)
@@ -157,6 +165,8 @@ class ImportanceTimes(TimeSampler):
 
     def learn(self, t: Times, loss: Float[Tensor, " b"]) -> None:
         for i, value in zip(self.bin(t).tolist(), loss.detach().double().cpu().tolist(), strict=True):
+            if not math.isfinite(value):
+                continue  # a step that is skipped; kept, it would make every probability NaN
             self.losses[i] = self.losses[i].roll(-1)
             self.losses[i, -1] = value
             self.counts[i] += 1
@@ -165,7 +175,8 @@ class ImportanceTimes(TimeSampler):
         return {"losses": self.losses.clone(), "counts": self.counts.clone()}
 
     def load(self, state: dict[str, Tensor]) -> None:
-        if set(state) != {"losses", "counts"} or state["losses"].shape != self.losses.shape:
+        mine = {name: value.shape for name, value in self.state().items()}
+        if {name: value.shape for name, value in state.items()} != mine:
             raise ModelFileError(
                 "the checkpoint's importance sampler is of another shape; keep bins and history as they were"
             )

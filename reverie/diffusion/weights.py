@@ -24,7 +24,7 @@ from reverie.diffusion.predictions import PerSample, Prediction
 
 
 class Weight(ABC):
-    """The weight of a time, for a given target."""
+    """The weight of a time, for a given target; finite where alpha = 0, but for EDM's on eps or score."""
 
     @abstractmethod
     def __call__(self, target: Prediction, alpha: PerSample, sigma: PerSample) -> Tensor:
@@ -38,6 +38,13 @@ def x0_weight_to(target: Prediction, weight: Tensor, alpha: Tensor, sigma: Tenso
     """
     p, q = target.blend(alpha, sigma)
     return weight * (sigma / (p * sigma - q * alpha)).square()
+
+
+def eps_weight_to(target: Prediction, weight: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """Return the weight of a target's squared error that equals a weight of eps's, in the limit where alpha = 0."""
+    alpha = alpha.clamp(min=torch.finfo(alpha.dtype).tiny)
+    p, q = target.blend(alpha, sigma)
+    return weight * (alpha / (p * sigma - q * alpha)).square()
 
 
 class Uniform(Weight):
@@ -68,7 +75,7 @@ class MinSNR(Weight):
 
     def __call__(self, target: Prediction, alpha: PerSample, sigma: PerSample) -> Tensor:
         snr = (alpha / sigma).square()
-        return x0_weight_to(target, snr.clamp(max=self.gamma), alpha, sigma)
+        return eps_weight_to(target, (self.gamma / snr).clamp(max=1), alpha, sigma)
 
 
 @dataclass(frozen=True)
@@ -83,9 +90,13 @@ class P2(Weight):
     gamma: float = 1.0
     k: float = 1.0
 
+    def __post_init__(self) -> None:
+        if not self.k > 0 or not self.gamma >= 0:
+            raise UsageError(f"P2's k is {self.k} and gamma {self.gamma}; k must be positive, gamma at least 0")
+
     def __call__(self, target: Prediction, alpha: PerSample, sigma: PerSample) -> Tensor:
         snr = (alpha / sigma).square()
-        return x0_weight_to(target, snr / (self.k + snr) ** self.gamma, alpha, sigma)
+        return eps_weight_to(target, (self.k + snr) ** -self.gamma, alpha, sigma)
 
 
 @dataclass(frozen=True)
@@ -97,6 +108,10 @@ class EDMWeight(Weight):
     """
 
     sigma_data: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not self.sigma_data > 0:
+            raise UsageError(f"sigma_data is {self.sigma_data}; it must be positive")
 
     def __call__(self, target: Prediction, alpha: PerSample, sigma: PerSample) -> Tensor:
         snr = (alpha / sigma).square()

@@ -10,8 +10,6 @@ References:
     https://arxiv.org/abs/2207.12598
 """
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -34,6 +32,7 @@ class Conditioned(Denoiser):
 
     def forward(self, x: Data, t: Times, condition: Condition | None = None) -> Estimate:
         refuse_second(condition)
+        check_rows(self.condition, len(x))
         return self.denoiser(x, t, self.condition)
 
 
@@ -54,21 +53,42 @@ class ClassifierFree(Denoiser):
         self, denoiser: Denoiser, condition: Condition, unconditional: Condition, guidance: float | Tensor
     ) -> None:
         super().__init__()
-        if not math.isfinite(float(torch.as_tensor(guidance).sum())):
+        if not bool(torch.as_tensor(guidance).isfinite().all()):
             raise UsageError(f"guidance is {guidance}; it must be a finite number (1 means none)")
         if set(condition) != set(unconditional):
             raise UsageError(f"the condition has {sorted(condition)}, its opposite {sorted(unconditional)}")
+        for name, value in condition.items():
+            if value.shape != unconditional[name].shape:
+                raise UsageError(
+                    f"the condition's {name} is {tuple(value.shape)}, its opposite's {tuple(unconditional[name].shape)}"
+                )
         self.denoiser, self.schedule = denoiser, denoiser.schedule
         self.both = {name: torch.cat([value, unconditional[name]]) for name, value in condition.items()}
         self.guidance = torch.as_tensor(guidance, dtype=torch.float64)
 
     def forward(self, x: Data, t: Times, condition: Condition | None = None) -> Estimate:
         refuse_second(condition)
+        check_rows(self.both, 2 * len(x))
+        if self.guidance.ndim and len(self.guidance) != len(x):
+            raise UsageError(
+                f"guidance has {len(self.guidance)} numbers for {len(x)} samples; give one, or one for each"
+            )
         both = self.denoiser(torch.cat([x, x]), torch.cat([t, t]), self.both)
         weight = per_sample(self.guidance.expand(len(x)), x)
         (x0, x0_u), (eps, eps_u) = both.x0.chunk(2), both.eps.chunk(2)
         fraction = None if both.fraction is None else both.fraction.chunk(2)[0]
-        return Estimate(x0_u + weight * (x0 - x0_u), eps_u + weight * (eps - eps_u), fraction)
+        # lerp is (1), and exact at w = 0 and w = 1.
+        return Estimate(torch.lerp(x0_u, x0, weight), torch.lerp(eps_u, eps, weight), fraction)
+
+
+def check_rows(condition: Condition, rows: int) -> None:
+    """Refuse a batch that has not the condition's number of rows."""
+    for name, value in condition.items():
+        if len(value) != rows:
+            raise UsageError(
+                f"the bound condition's {name} has {len(value)} rows where the batch calls for {rows}; bind one row "
+                "for each sample, and put FixedBatch around the network's denoiser, inside the guidance"
+            )
 
 
 def refuse_second(condition: Condition | None) -> None:

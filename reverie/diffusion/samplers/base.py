@@ -8,7 +8,6 @@ and join another, and a state that is saved and loaded goes on as if nothing had
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
 
 import torch
 from jaxtyping import Float, Int64
@@ -60,7 +59,10 @@ class Sampler(ABC):
     `evaluations` is how often a step calls the denoiser; `stochastic` says whether it draws noise.
     """
 
-    evaluations: ClassVar[int] = 1
+    @property
+    def evaluations(self) -> int:
+        """How often a step calls the denoiser."""
+        return 1
 
     @property
     def stochastic(self) -> bool:
@@ -95,10 +97,17 @@ class Sampler(ABC):
         """Return the state with x, x0 and memory as they are at s; `step` sees to t and k."""
 
 
-def start(sampler: Sampler, schedule: Schedule, shape: Sequence[int], t: float, noise: Noise) -> State:
-    """Return the state of pure noise at time t: draw 0 of each sample's noise, (B, *shape)."""
-    z = noise(shape, [0] * len(noise.seeds))
-    time = torch.full((len(z),), float(t), dtype=torch.float64)
+def start(
+    sampler: Sampler,
+    schedule: Schedule,
+    shape: Sequence[int],
+    t: Times | float,
+    noise: Noise,
+    device: torch.device | str = "cpu",
+) -> State:
+    """Return the state of pure noise at time t, (B,) or one for all: draw 0 of each sample's noise, (B, *shape)."""
+    z = noise(shape, [0] * len(noise.seeds)).to(device)
+    time = torch.as_tensor(t, dtype=torch.float64, device=z.device).expand(len(z))
     return sampler.init(per_sample(schedule.prior_std(time), z) * z, time)
 
 
@@ -111,27 +120,43 @@ def run(
     stops asking.
 
     Raises:
+        UsageError: The state is not where the grid starts.
         NonFiniteError: A step gave NaN or infinity; the message says which step, at what noise level.
     """
-    with torch.no_grad():
-        for k in range(1, grid.shape[-1]):
+    grid = grid.to(state.t)
+    if grid.shape[-1] < 2 or not bool((grid[..., 0] == state.t).all()):
+        raise UsageError(
+            f"the samples are at t = {state.t.tolist()}; a grid that begins there and has a next time is due, "
+            f"not one of {grid.shape[-1]} times from {grid[..., :1].flatten().tolist()}"
+        )
+    for k in range(1, grid.shape[-1]):
+        before = state
+        # Not around the yield: the caller's code between two steps keeps its gradients.
+        with torch.no_grad():
             state = sampler.step(denoiser, state, grid[..., k], noise)
-            check_finite(state, denoiser.schedule, k, grid[..., k - 1])
-            yield state
+        check_finite(state, denoiser.schedule, before)
+        yield state
 
 
-def check_finite(state: State, schedule: Schedule, k: int, t: Tensor) -> None:
-    """Raise NonFiniteError, naming the step and its noise level, unless the state is finite."""
+def check_finite(state: State, schedule: Schedule, before: State) -> None:
+    """Raise NonFiniteError, naming the step and the noise level that it began at, unless the state is finite."""
     if not bool(torch.isfinite(state.x.sum())) and not bool(torch.isfinite(state.x).all()):
         rows = (~torch.isfinite(state.x.flatten(1)).all(1)).nonzero().flatten().tolist()
-        level = float(schedule.sigma(t.double()).max())
+        step, level = int(state.k[rows[0]]), float(schedule.sigma(before.t[rows[:1]]))
         raise NonFiniteError(
-            f"step {k} (sigma {level:.4g}) gave numbers that are not finite, in sample {rows[0]} "
+            f"step {step} (sigma {level:.4g}) gave numbers that are not finite, in sample {rows[0]} "
             f"and {len(rows) - 1} others; the model's weights or its dtype are at fault"
         )
 
 
-def sample(sampler: Sampler, denoiser: Denoiser, shape: Sequence[int], grid: Tensor, noise: Noise) -> Data:
+def sample(
+    sampler: Sampler,
+    denoiser: Denoiser,
+    shape: Sequence[int],
+    grid: Tensor,
+    noise: Noise,
+    device: torch.device | str = "cpu",
+) -> Data:
     """Return samples (B, *shape), one for each of the noise's seeds, from the grid's first time to its last.
 
     Example:
@@ -142,6 +167,6 @@ def sample(sampler: Sampler, denoiser: Denoiser, shape: Sequence[int], grid: Ten
         >>> sample(samplers["ddim"](), point, (2,), grids["trailing"](schedule, 5), Noise([0]))
         tensor([[1., 1.]])
     """
-    state = start(sampler, denoiser.schedule, shape, float(grid[..., 0].max()), noise)
+    state = start(sampler, denoiser.schedule, shape, grid[..., 0], noise, device)
     *_, last = run(sampler, denoiser, state, grid, noise)
     return last.x

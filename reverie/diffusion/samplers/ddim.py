@@ -20,7 +20,7 @@ from reverie.base.errors import UsageError
 from reverie.base.randomness import Noise
 from reverie.diffusion.denoisers import Denoiser, Times
 from reverie.diffusion.predictions import per_sample
-from reverie.diffusion.process import posterior
+from reverie.diffusion.process import posterior_between
 from reverie.diffusion.samplers.base import Sampler, State
 
 
@@ -51,12 +51,15 @@ class DDIM(Sampler):
 
     def move(self, denoiser: Denoiser, state: State, s: Times, noise: Noise) -> State:
         estimate = denoiser(state.x, state.t)
-        schedule = denoiser.schedule
-        tau = self.eta * posterior(schedule, s, state.t).small.sqrt() if self.eta else torch.zeros_like(s)
-        kept = (schedule.variance(s) - tau.square()).clamp(min=0).sqrt()
-        x = per_sample(schedule.alpha(s), state.x) * estimate.x0 + per_sample(kept, state.x) * estimate.eps
-        if bool((tau > 0).any()):
-            x = x + per_sample(tau, x) * noise.like(x, state.k + 1)
+        at_s = denoiser.schedule.marginal(s)
+        tau = torch.zeros_like(s)
+        if self.eta:
+            tau = self.eta * posterior_between(at_s, denoiser.schedule.marginal(state.t)).small.sqrt()
+        kept = (at_s.sigma.square() - tau.square()).clamp(min=0).sqrt() if self.eta else at_s.sigma
+        x = per_sample(at_s.alpha, state.x) * estimate.x0
+        x = torch.addcmul(x, per_sample(kept, x), estimate.eps)
+        if self.eta and bool((tau > 0).any()):
+            x = torch.addcmul(x, per_sample(tau, x), noise.like(x, state.k + 1))
         return replace(state, x=x, x0=estimate.x0)
 
 
@@ -75,6 +78,10 @@ class DDIMInversion(Sampler):
 
     iterations: int = 4
 
+    @property
+    def evaluations(self) -> int:
+        return self.iterations
+
     def __post_init__(self) -> None:
         if self.iterations < 1:
             raise UsageError(f"iterations is {self.iterations}; it must be at least 1")
@@ -84,10 +91,10 @@ class DDIMInversion(Sampler):
             raise UsageError(f"inversion goes from t to a later time, at most 1; got {t.tolist()} and {s.tolist()}")
 
     def move(self, denoiser: Denoiser, state: State, s: Times, noise: Noise) -> State:
-        schedule = denoiser.schedule
-        ratio = schedule.alpha(s) / schedule.alpha(state.t)
+        here, there = denoiser.schedule.marginal(state.t), denoiser.schedule.marginal(s)
+        ratio = there.alpha / here.alpha
         carried = per_sample(ratio, state.x) * state.x
-        added = per_sample(schedule.sigma(s) - ratio * schedule.sigma(state.t), state.x)
+        added = per_sample(there.sigma - ratio * here.sigma, state.x)
         x = carried
         for _ in range(self.iterations):
             estimate = denoiser(x, s)
