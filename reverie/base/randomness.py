@@ -16,6 +16,7 @@ import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
+from typing import SupportsIndex
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ from torch import Tensor
 MAX_SEED = 2**63 - 1
 
 
-def generator(*key: int | str) -> np.random.Generator:
+def generator(*key: SupportsIndex | str) -> np.random.Generator:
     """Return the generator of a key: equal keys give equal streams, others independent ones.
 
     Example:
@@ -40,17 +41,17 @@ def generator(*key: int | str) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
 
 
-def normal(shape: Sequence[int], *key: int | str) -> Float[Tensor, "..."]:
+def normal(shape: Sequence[int], *key: SupportsIndex | str) -> Float[Tensor, "..."]:
     """Return standard normal numbers (*shape) in float32, fixed by the key."""
     return torch.from_numpy(generator(*key).standard_normal(tuple(shape), dtype=np.float32))
 
 
-def uniform(shape: Sequence[int], *key: int | str) -> Float[Tensor, "..."]:
+def uniform(shape: Sequence[int], *key: SupportsIndex | str) -> Float[Tensor, "..."]:
     """Return numbers (*shape) uniform in [0, 1) in float64, fixed by the key."""
     return torch.from_numpy(generator(*key).random(tuple(shape)))
 
 
-def torch_seed(*key: int | str) -> int:
+def torch_seed(*key: SupportsIndex | str) -> int:
     """Return a seed for torch's own generators (dropout), fixed by the key."""
     return int(generator(*key).integers(MAX_SEED))
 
