@@ -1,0 +1,153 @@
+"""What a training run is told: typed, bounded, each field a flag of `reverie train` with its help.
+
+None means: chosen from the data and the machine (plan.py says how); the run's config.json holds what was
+told, its card.json what was chosen. No import of torch here, so that `reverie train --help` is quick.
+"""
+
+import math
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from reverie.diffusion.registry import predictions, schedules, weights
+
+
+def option(group: str, default: Any, help: str, **bounds: Any) -> Any:
+    """Return a field with its group and its help, finite where it is a number."""
+    if {"gt", "ge", "lt", "le"} & set(bounds):
+        bounds["allow_inf_nan"] = False
+    return Field(default, description=help, json_schema_extra={"group": group}, **bounds)
+
+
+class TrainConfig(BaseModel):
+    """A training run.
+
+    Example:
+        >>> TrainConfig(out="runs/digits", steps=1000).batch_size
+        128
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    data: str = option(
+        "data", "digits", "digits, shapes, a folder or archive of images, IDX or .npz files, hub:OWNER/NAME"
+    )
+    out: str = option("data", ..., "the run's folder; must not hold a run yet, unless resumed")
+    size: int | None = option("data", None, "height and width in pixels; from the data", ge=1, le=4096)
+    channels: int | None = option("data", None, "1 grey, 3 RGB, 4 RGBA; from the data", ge=1, le=4)
+    labels: bool = option("data", True, "condition on the data's classes, where it has any")
+    flip: bool = option("data", False, "mirror half of the images, left to right")
+    on_bad: Literal["refuse", "skip"] = option(
+        "data", "refuse", "files that can't be read beyond --max-bad: end, or go on"
+    )
+    max_bad: float = option("data", 0.01, "share of unreadable files that is skipped without asking", ge=0, le=1)
+    limit: int | None = option("data", None, "use the first N images alone", ge=1)
+    held_out: float = option(
+        "data", 0.05, "share of the data kept for the held-out loss, 500 images at most", ge=0, lt=1
+    )
+
+    steps: int | None = option("length", None, "optimiser steps; 2000 where --minutes is not given either", ge=1)
+    minutes: float | None = option("length", None, "stop after so many minutes of training", gt=0)
+    seed: int = option("length", 0, "what all randomness is a function of", ge=0, le=2**63 - 1)
+
+    preset: Literal["auto", "tiny", "small", "base", "large"] = option("network", "auto", "size of the U-Net")
+    widths: tuple[Annotated[int, Field(ge=1, le=16384)], ...] | None = option(
+        "network", None, "channels of each level, comma-separated; from the preset", min_length=1, max_length=8
+    )
+    layers: int | None = option("network", None, "residual blocks a level; from the preset", ge=1, le=16)
+    attention: tuple[bool, ...] | None = option("network", None, "self-attention at each level; from the preset")
+    head_dim: int | None = option("network", None, "channels of an attention head; from the preset", ge=1, le=1024)
+    dropout: float = option("network", 0.0, "dropout in the residual blocks", ge=0, lt=1)
+    time_scale_shift: bool = option("network", False, "time enters by scale and shift, not by addition")
+    checkpointing: bool = option("network", False, "recompute activations in the backward pass: less memory, more time")
+
+    schedule: str = option("diffusion", "linear", "noise schedule: " + ", ".join(schedules))
+    timesteps: int | None = option("diffusion", None, "entries of the schedule's table; 1000", ge=2, le=100_000)
+    zero_snr: bool = option("diffusion", False, "rescale the table to zero terminal SNR")
+    prediction: str = option("diffusion", "eps", "what the network predicts: " + ", ".join(predictions))
+    learned_variance: bool = option("diffusion", False, "learn the variance too; needs --objective hybrid or vlb")
+    objective: Literal["simple", "hybrid", "vlb"] = option("diffusion", "simple", "L_simple, L_hybrid or L_vlb")
+    distance: Literal["l2", "l1", "huber"] = option("diffusion", "l2", "distance in L_simple")
+    weight: str = option("diffusion", "uniform", "weight of the noise levels in L_simple: " + ", ".join(weights))
+    times: Literal["uniform", "log-normal", "importance"] = option("diffusion", "uniform", "which times are trained on")
+    label_dropout: float = option("diffusion", 0.1, "share of labels hidden, for guidance", ge=0, le=1)
+
+    batch_size: int = option("optimiser", 128, "images in a step", ge=1, le=1_000_000)
+    accumulate: int = option("optimiser", 1, "parts that a step's batch is worked through in", ge=1, le=100_000)
+    learning_rate: float | None = option("optimiser", None, "Adam's step size; from the preset", gt=0)
+    warmup: int = option("optimiser", 100, "steps over which the learning rate rises", ge=0)
+    decay: Literal["constant", "cosine"] = option("optimiser", "constant", "learning rate after the warm-up")
+    weight_decay: float = option("optimiser", 0.0, "AdamW's weight decay", ge=0)
+    beta2: float = option("optimiser", 0.99, "Adam's second moment", gt=0, lt=1)
+    clip_norm: float = option("optimiser", 1.0, "largest norm of the gradient", gt=0)
+    spike: float = option("optimiser", 20.0, "skip a step whose gradient is so many times its running mean", gt=1)
+    max_bad_steps: int = option("optimiser", 10, "end the run after so many skipped steps in a row", ge=1)
+    ema: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = option(
+        "optimiser", (0.999,), "decays of the averaged weights; the first is sampled", min_length=1, max_length=8
+    )
+
+    device: str = option("machine", "auto", "auto, cpu, cuda or cuda:N")
+    dtype: Literal["auto", "float32", "bfloat16"] = option(
+        "machine", "auto", "the network's arithmetic; bfloat16 where it is fast"
+    )
+    channels_last: bool = option("machine", True, "keep images with their channels innermost")
+    compile: bool = option("machine", False, "torch.compile the network: a minute or two first, then faster")
+    workers: int = option("machine", 0, "threads that prepare batches ahead", ge=0, le=64)
+    threads: int | None = option("machine", None, "threads that compute; torch's own number", ge=1, le=1024)
+
+    save_every: int = option("reports", 500, "steps between checkpoints", ge=1)
+    keep: int = option("reports", 3, "checkpoints kept, at least 2", ge=2)
+    sample_every: int = option("reports", 500, "steps between sample grids; 0 for none", ge=0)
+    sample_steps: int = option("reports", 25, "steps that the samples take", ge=1)
+    sample_count: int = option("reports", 64, "images in a sample grid", ge=1, le=1024)
+    validate_every: int = option("reports", 500, "steps between held-out losses; 0 for none", ge=0)
+    log_every: int = option("reports", 10, "steps between lines of metrics.jsonl", ge=1)
+    track: tuple[Literal["tensorboard", "wandb"], ...] = option("reports", (), "trackers beside metrics.jsonl")
+
+    @model_validator(mode="after")
+    def check(self) -> Self:
+        """Refuse what does not go together, all at once."""
+        wrong = list(self.contradictions())
+        if wrong:
+            raise ValueError("; ".join(wrong))
+        return self
+
+    def contradictions(self) -> Any:
+        """Yield what does not go together, in words."""
+        if self.accumulate > self.batch_size or self.batch_size % self.accumulate:
+            yield f"accumulate ({self.accumulate}) must divide batch_size ({self.batch_size})"
+        if self.learned_variance and self.objective == "simple":
+            yield "learned_variance needs objective hybrid or vlb: L_simple says nothing of the variance"
+        if self.objective == "hybrid" and not self.learned_variance:
+            yield "objective hybrid is there to learn the variance; add learned_variance"
+        if self.objective == "vlb" and (self.distance != "l2" or self.weight != "uniform"):
+            yield "objective vlb has no distance and no weight of its own; leave them out"
+        if self.distance != "l2" and self.weight != "uniform":
+            yield f"weight {self.weight} is defined for distance l2"
+        if self.decay == "cosine" and self.steps is None:
+            yield "decay cosine needs steps: it must know where it ends"
+        if self.attention and self.widths and len(self.attention) != len(self.widths):
+            yield f"attention names {len(self.attention)} levels, widths {len(self.widths)}"
+        for field, registry in (("schedule", schedules), ("prediction", predictions), ("weight", weights)):
+            if getattr(self, field) not in registry:
+                yield f"{field} is {getattr(self, field)!r}; it must be one of {', '.join(registry)}"
+
+    @property
+    def total_steps(self) -> int | None:
+        """The steps after which the run ends; None where the minutes decide."""
+        return 2000 if self.steps is None and self.minutes is None else self.steps
+
+    def rate(self, step: int, base: float) -> float:
+        """Return the learning rate of a step (counted from 0): warm-up, then constant or a half cosine."""
+        rise = min(1.0, (step + 1) / (self.warmup + 1))
+        if self.decay == "constant" or self.steps is None:
+            return base * rise
+        return base * rise * 0.5 * (1 + math.cos(math.pi * min(1.0, step / self.steps)))
+
+
+# What a resumed run may not change: it would no longer be the same run.
+FIXED = (
+    "data", "size", "channels", "labels", "flip", "limit", "held_out", "seed", "preset", "widths", "layers",
+    "attention", "head_dim", "dropout", "time_scale_shift", "schedule", "timesteps", "zero_snr", "prediction",
+    "learned_variance", "objective", "distance", "weight", "times", "label_dropout", "batch_size", "accumulate", "ema",
+)  # fmt: skip

@@ -1,0 +1,203 @@
+"""From what was told and what the data is, to what will be trained: the choices, made in one place.
+
+Each is a default that a flag overrides, and the run prints them before it starts.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+import reverie
+from reverie.base.errors import UsageError
+from reverie.data.dataset import Dataset
+from reverie.diffusion.registry import schedules
+from reverie.models.card import Card, DataRecord, NetworkSpec, SamplingDefaults, ScheduleSpec
+from reverie.training.config import TrainConfig
+
+
+class Preset(NamedTuple):
+    """A size of U-Net: the first level's channels, their growth, blocks a level, and Adam's step size."""
+
+    width: int
+    growth: tuple[int, ...]
+    layers: int
+    learning_rate: float
+
+
+PRESETS = {
+    "tiny": Preset(16, (1, 2, 2, 4, 4, 4), 1, 2e-3),
+    "small": Preset(32, (1, 2, 2, 4, 4, 8), 2, 1e-3),
+    "base": Preset(64, (1, 2, 2, 4, 4, 8), 2, 5e-4),
+    "large": Preset(128, (1, 2, 2, 2, 4, 4), 2, 2e-4),
+}
+TABLES = ("linear", "scaled-linear", "cosine", "sigmoid", "sigmoid-in-beta")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run does.
+
+    Arguments:
+        card: The model.
+        device: Where it trains.
+        dtype: The network's arithmetic, None for float32.
+        learning_rate: Adam's step size after the warm-up.
+        labels: Whether the data's classes condition the model.
+    """
+
+    card: Card
+    device: torch.device
+    dtype: torch.dtype | None
+    learning_rate: float
+    labels: bool
+
+    def lines(self) -> list[str]:
+        """Return the choices in words, a line each."""
+        network = self.card.network.config
+        classes = f", {len(self.card.classes)} classes" if self.card.classes else ""
+        arithmetic = "float32" if self.dtype is None else "bfloat16"
+        data = self.card.data
+        lines = [
+            f"data: {data.name}, {data.count} images of {shape_words(self.card.shape)}{classes}" if data else "",
+            f"images: {data.preparation}" if data and data.preparation else "",
+            f"network: U-Net, channels {network['channels']}, {network['layers']} blocks a level, "
+            f"attention {network['attention']}",
+            f"predicts {self.card.prediction} on the {self.card.schedule.name} schedule; {arithmetic} on {self.device}",
+        ]
+        return [line for line in lines if line]
+
+
+def shape_words(shape: tuple[int, ...]) -> str:
+    """Return a shape (C, H, W) in words.
+
+    Example:
+        >>> shape_words((1, 28, 20))
+        '28x20 grey'
+    """
+    kind = {1: "grey", 3: "RGB", 4: "RGBA"}.get(shape[0], f"{shape[0]} channels")
+    return f"{shape[1]}x{shape[2]} {kind}"
+
+
+def make_plan(config: TrainConfig, dataset: Dataset) -> Plan:
+    """Return the plan for a configuration on its data.
+
+    Raises:
+        UsageError: The device is not there, or settings do not fit the data.
+    """
+    device = choose_device(config.device)
+    labels = config.labels and bool(dataset.classes)
+    preset = PRESETS[choose_preset(config, device)]
+    card = Card(
+        shape=dataset.shape,
+        network=NetworkSpec(config=network_config(config, dataset, preset, labels)),
+        schedule=schedule_spec(config),
+        prediction=config.prediction,
+        learned_variance=config.learned_variance,
+        classes=dataset.classes if labels else (),
+        data=DataRecord(
+            name=dataset.name[:200], fingerprint=dataset.fingerprint, count=len(dataset), preparation=dataset.preparation
+        ),
+        sampling=SamplingDefaults(),
+        code=reverie.__version__,
+    )
+    return Plan(card, device, choose_dtype(config.dtype, device), config.learning_rate or preset.learning_rate, labels)
+
+
+def choose_preset(config: TrainConfig, device: torch.device) -> str:
+    """Return the preset's name: small on a CPU, base on an accelerator, unless one was named."""
+    if config.preset != "auto":
+        return config.preset
+    return "small" if device.type == "cpu" else "base"
+
+
+def network_config(config: TrainConfig, dataset: Dataset, preset: Preset, labels: bool) -> dict:
+    """Return the U-Net's configuration: levels until 8 pixels are left, attention first where 16 or fewer are."""
+    channels, height, width = dataset.shape
+    levels = min(6, max(2, round(math.log2(max(height, width) / 8)) + 1))
+    widths = config.widths or tuple(preset.width * factor for factor in preset.growth[:levels])
+    attention = config.attention or attending(len(widths), max(height, width))
+    if len(attention) != len(widths):
+        raise UsageError(f"attention names {len(attention)} levels, but the network has {len(widths)}: {widths}")
+    return {
+        "in_channels": channels,
+        "out_channels": channels * (2 if config.learned_variance else 1),
+        "channels": list(widths),
+        "layers": config.layers or preset.layers,
+        "attention": list(attention),
+        "head_dim": config.head_dim,
+        "dropout": config.dropout,
+        "num_class_embeds": len(dataset.classes) + 1 if labels else None,
+        "resnet_time_scale_shift": "scale_shift" if config.time_scale_shift else "default",
+        "sample_size": [height, width],
+    }
+
+
+def attending(levels: int, size: int) -> tuple[bool, ...]:
+    """Return which levels attend: the first that has 16 pixels a side or fewer, if it is not the last.
+
+    Example:
+        >>> attending(3, 32)
+        (False, True, False)
+    """
+    first = next((level for level in range(levels) if size / 2**level <= 16), levels)
+    return tuple(level == first and level < levels - 1 for level in range(levels))
+
+
+def schedule_spec(config: TrainConfig) -> ScheduleSpec:
+    """Return the schedule that is asked for.
+
+    Raises:
+        UsageError: A table's option for a schedule that is none, or one that trains on no eps.
+    """
+    options: dict[str, float | int | bool] = {}
+    if config.schedule in TABLES:
+        options["timesteps"] = config.timesteps or 1000
+        if config.zero_snr:
+            options["zero_snr"] = True
+    elif config.timesteps is not None or config.zero_snr:
+        raise UsageError(f"timesteps and zero_snr belong to a table ({', '.join(TABLES)}), not to {config.schedule}")
+    elif config.objective != "simple":
+        raise UsageError(f"objective {config.objective} needs a table ({', '.join(TABLES)}), not {config.schedule}")
+    schedule = schedules[config.schedule](**options)
+    if schedule.zero_terminal_snr and config.prediction in ("eps", "score"):
+        raise UsageError(
+            f"schedule {config.schedule} ends at zero signal, where {config.prediction} has no meaning; "
+            "add --prediction v (or velocity, x0)"
+        )
+    return ScheduleSpec(name=config.schedule, options=options)
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device of that name; "auto" is a GPU where there is one.
+
+    Raises:
+        UsageError: There is no such device.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"there is no device {name!r}; it is auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError("device cuda was asked for, but PyTorch sees no GPU; use --device cpu")
+    return device
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype | None:
+    """Return the network's dtype, None for float32; "auto" is bfloat16 where the machine multiplies it natively."""
+    if name == "float32":
+        return None
+    return torch.bfloat16 if name == "bfloat16" or fast_bfloat16(device) else None
+
+
+def fast_bfloat16(device: torch.device) -> bool:
+    """Return whether the device has bfloat16 products in hardware."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cpu":
+        return False
+    able = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return bool(able.get("avx512_bf16") or able.get("amx_bf16"))

@@ -1,0 +1,77 @@
+"""The parts of a run, made from its configuration; and what a resumed run may change."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from reverie.base.errors import ModelFileError, UsageError
+from reverie.diffusion.objectives import Hybrid, Objective, Simple, Variational
+from reverie.diffusion.schedules import Schedule
+from reverie.diffusion.times import ImportanceTimes, LogNormalTimes, TimeSampler, UniformTimes
+from reverie.training.config import FIXED, TrainConfig
+
+
+def make_times(config: TrainConfig, schedule: Schedule) -> TimeSampler:
+    """Return the distribution of training times."""
+    if config.times == "log-normal":
+        return LogNormalTimes(schedule)
+    if config.times == "importance":
+        return ImportanceTimes(schedule, bins=importance_bins(schedule))
+    return UniformTimes(schedule)
+
+
+def importance_bins(schedule: Schedule) -> int:
+    """Return the number of bins of an importance sampler: about 100, dividing a table."""
+    timesteps = getattr(schedule, "timesteps", 100)
+    return next(bins for bins in range(min(100, timesteps), 0, -1) if timesteps % bins == 0)
+
+
+def make_objective(config: TrainConfig) -> Objective:
+    """Return the objective; L_simple is in the space of what the network predicts."""
+    simple = Simple(config.prediction, config.distance, config.weight)
+    if config.objective == "hybrid":
+        return Hybrid(simple)
+    if config.objective == "vlb":
+        return Variational("learned" if config.learned_variance else "small")
+    return simple
+
+
+def read_config(folder: Path) -> TrainConfig:
+    """Return a run's configuration.
+
+    Raises:
+        ModelFileError: Its config.json is damaged.
+    """
+    path = folder / "config.json"
+    try:
+        return TrainConfig(**json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError, ValidationError) as error:
+        why = str(error).splitlines()[0]
+        raise ModelFileError(f"{path} is no configuration of a run ({why}); restore it from a copy") from None
+
+
+def merge(config: TrainConfig, folder: Path) -> tuple[TrainConfig, list[str]]:
+    """Return the configuration of a resumed run, and its changes in words: what was said now, over what was said then.
+
+    Raises:
+        ModelFileError: The change would make it another run.
+    """
+    before = read_config(folder)
+    said = {name: getattr(config, name) for name in config.model_fields_set - {"out"}}
+    changed = {name: value for name, value in said.items() if value != getattr(before, name)}
+    if fixed := [name for name in FIXED if name in changed]:
+        raise ModelFileError(describe_mismatch(folder, fixed, before, config))
+    try:
+        merged = TrainConfig(**(before.model_dump(exclude_unset=True) | changed | {"out": config.out}))
+    except ValidationError as error:
+        raise UsageError(f"the changes do not go with the run's configuration: {error.errors()[0]['msg']}") from None
+    return merged, [f"{name}: {value}, was {getattr(before, name)}" for name, value in changed.items()]
+
+
+def describe_mismatch(folder: Path, names: Sequence[str], before: TrainConfig, now: TrainConfig) -> str:
+    """Return what differs, the first three and their number."""
+    shown = "; ".join(f"{name} is {getattr(before, name)} there, {getattr(now, name)} here" for name in names[:3])
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{folder} is another run: {shown}{more}; leave these out to resume it, or choose another --out"

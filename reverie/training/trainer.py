@@ -1,0 +1,456 @@
+"""The training run, from its configuration to a model on the disk.
+
+It reads from top to bottom: prepare (and refuse, before anything is made), restore, then step after
+step until the steps, the minutes or a signal end it. Everything random is a function of the seed and of
+where in the run it is, so that a run that was killed and resumed is the run that was not.
+"""
+
+import hashlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch.optim import AdamW
+from tqdm import tqdm
+
+import reverie
+from reverie.base.errors import ModelFileError, NonFiniteError, Stopped, StorageError, UsageError
+from reverie.base.lock import RunLock
+from reverie.base.storage import write_file
+from reverie.data import open_dataset
+from reverie.data.batches import Batch, Batches, split
+from reverie.data.dataset import Dataset
+from reverie.diffusion.denoisers import NetworkDenoiser
+from reverie.models.builders import build, build_prediction, build_schedule
+from reverie.models.card import Card, TrainingRecord, read_card
+from reverie.models.checkpoints import Checkpoint, CheckpointStore, check_tensors
+from reverie.models.formats import write_model
+from reverie.models.model import Model
+from reverie.training.config import TrainConfig
+from reverie.training.ema import EMA
+from reverie.training.metrics import MetricsLog, open_trackers
+from reverie.training.optimizers import flatten_optimizer, restore_optimizer
+from reverie.training.plan import make_plan
+from reverie.training.previews import preview, preview_path
+from reverie.training.setup import make_objective, make_times, merge
+from reverie.training.signals import StopRequest
+from reverie.training.update import Examples, Seeded, StepReport, Update, draw_examples, on_device, torch_seed
+from reverie.training.validation import held_out_loss
+
+Say = Callable[[str], None]
+Resume = Literal["no", "yes", "auto"]
+MAX_HELD_OUT = 500
+
+
+def say_to_stderr(line: str) -> None:
+    """Print a line of the run's report; whoever closes the terminal does not end the run."""
+    with suppress(OSError, ValueError):
+        tqdm.write(line, file=sys.stderr)
+
+
+def train(config: TrainConfig, resume: Resume = "no", say: Say = say_to_stderr) -> Path:
+    """Train a model, or go on with a run, and return the run's folder.
+
+    Arguments:
+        config: What to do.
+        resume: "no" starts a run, whose folder must not hold one; "yes" continues one, which must be
+            there; "auto" does whichever fits.
+        say: Takes the run's report, line by line.
+
+    Raises:
+        UsageError: The configuration does not fit the data, the machine or the folder.
+        DataError: The data can't be read.
+        ModelFileError: The run to be resumed is damaged, or is another.
+        NonFiniteError: Too many steps in a row were not finite.
+        StorageError: The last checkpoint could not be saved.
+        Stopped: A signal ended the run; its state is saved.
+    """
+    folder = Path(config.out)
+    found = (folder / "config.json").exists()
+    check_folder(folder, found, resume)
+    with torch_threads(config.threads):
+        return Run(config, found, say).go()
+
+
+def check_folder(folder: Path, found: bool, resume: Resume) -> None:
+    """Refuse a folder that does not hold what is asked for: a run to resume, or none."""
+    if resume == "yes" and not found:
+        raise UsageError(f"there is no run to resume in {folder} (no config.json); leave out --resume to start one")
+    if found and resume == "no":
+        with RunLock(folder):  # says so, if it is running
+            raise UsageError(f"{folder} holds a run already; continue it with --resume, or choose another --out")
+    if not found and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UsageError(f"{folder} is not empty and holds no run; choose another --out")
+
+
+class torch_threads:  # noqa: N801 - a context manager
+    """A block in which torch computes with so many threads, or with its own number for None."""
+
+    def __init__(self, count: int | None) -> None:
+        self.count, self.before = count, torch.get_num_threads()
+
+    def __enter__(self) -> None:
+        if self.count is not None:
+            torch.set_num_threads(self.count)
+
+    def __exit__(self, *error: object) -> None:
+        torch.set_num_threads(self.before)
+
+
+@dataclass
+class Progress:
+    """Where a run is, as its checkpoints record it.
+
+    Arguments:
+        step: Steps made, the skipped ones among them.
+        updates: Steps that changed the weights.
+        bad_in_a_row: Steps skipped since the last that was not.
+        seconds: Time spent, over all its sessions.
+        loss_sum: The losses since the last line of the log.
+        loss_count: How many they are.
+    """
+
+    step: int = 0
+    updates: int = 0
+    bad_in_a_row: int = 0
+    seconds: float = 0.0
+    loss_sum: float = 0.0
+    loss_count: int = 0
+
+
+class Run:
+    """A run: everything that a step needs, and the loop.
+
+    Making it opens the data and builds the network; only `go` writes.
+
+    Arguments:
+        config: What to do; of a resumed run, what to do otherwise than before.
+        resumed: Whether its folder holds it already.
+        say: Takes its report, line by line.
+    """
+
+    def __init__(self, config: TrainConfig, resumed: bool, say: Say) -> None:
+        self.folder, self.say, self.resumed = Path(config.out), say, resumed
+        self.config, changes = merge(config, self.folder) if resumed else (config, [])
+        for line in changes:
+            say(line)
+        self.dataset = self.open_data()
+        self.plan = make_plan(self.config, self.dataset)
+        self.progress = Progress()
+        self.saved_at = -1
+        self.stop = StopRequest()
+        self.make_model()
+        self.make_training()
+
+    def open_data(self) -> Dataset:
+        """Return the data, its unreadable files named."""
+        config = self.config
+        dataset = open_dataset(
+            config.data, size=config.size, channels=config.channels, on_bad=config.on_bad, max_bad=config.max_bad,
+            limit=config.limit,
+        )  # fmt: skip
+        for skipped in dataset.skipped:
+            self.say(f"skipped {skipped}")
+        return dataset
+
+    def make_model(self) -> None:
+        """Build the network, and the model that is sampled: the same network, never compiled."""
+        plan, config = self.plan, self.config
+        with Seeded(torch_seed(config.seed, "weights")):
+            denoiser = build(plan.card)
+        denoiser.dtype = plan.dtype
+        self.network = denoiser.network.to(plan.device, memory_format=self.layout).train()
+        if config.checkpointing:
+            self.network.checkpointing = True
+        self.model = Model(denoiser, plan.card)
+        trained = torch.compile(self.network) if config.compile else self.network
+        card = plan.card
+        self.denoiser = NetworkDenoiser(
+            trained, build_schedule(card.schedule), build_prediction(card), card.learned_variance, plan.dtype
+        )
+
+    def make_training(self) -> None:
+        """Make what trains it."""
+        config, plan = self.config, self.plan
+        share = min(config.held_out, MAX_HELD_OUT / len(self.dataset))
+        self.train_indices, self.held_out = split(len(self.dataset), share, config.seed)
+        self.emas = [EMA(self.network, decay) for decay in config.ema]
+        optimizer = AdamW(
+            self.network.parameters(), lr=plan.learning_rate, betas=(0.9, config.beta2),
+            weight_decay=config.weight_decay, fused=True,
+        )  # fmt: skip
+        times = make_times(config, self.denoiser.schedule)
+        self.update = Update(self.denoiser, make_objective(config), times, optimizer, config, plan.learning_rate)
+        self.store = CheckpointStore(self.folder / "checkpoints", keep=config.keep)
+        self.batches = Batches(
+            self.dataset, config.batch_size, config.seed, indices=self.train_indices, flip=config.flip,
+            workers=config.workers,
+        )  # fmt: skip
+
+    @property
+    def layout(self) -> torch.memory_format:
+        """The memory layout of images and weights."""
+        return torch.channels_last if self.config.channels_last else torch.contiguous_format
+
+    # From start to end ----------------------------------------------------------------------------
+
+    def go(self) -> Path:
+        """Take the folder, restore, train, and write the model."""
+        self.store.prepare()
+        with RunLock(self.folder), self.stop:
+            self.restore() if self.resumed else self.write_beginnings()
+            for line in self.plan.lines():
+                self.say(line)
+            trackers = open_trackers(self.config.track, self.folder, self.config.model_dump(mode="json"))
+            with MetricsLog(self.folder / "metrics.jsonl", self.progress.step, trackers, self.say) as self.log:
+                self.loop()
+                self.finish()
+        return self.folder
+
+    def write_beginnings(self) -> None:
+        """Write what the run is, before its first step."""
+        write_file(self.folder / "card.json", self.plan.card.model_dump_json(indent=1).encode())
+        # Last, as it is what makes the folder a run.
+        write_file(self.folder / "config.json", self.config.model_dump_json(indent=1, exclude_unset=True).encode())
+
+    def loop(self) -> None:
+        """Step until the steps, the minutes or a signal end it."""
+        progress, config = self.progress, self.config
+        began = time.monotonic() - progress.seconds
+        stream = self.batches.stream(progress.step)
+        bar = tqdm(total=config.total_steps, initial=progress.step, unit="step", desc=self.folder.name, file=sys.stderr)
+        try:
+            while not self.finished() and not self.stop:
+                report = self.step(next(stream))
+                progress.seconds = time.monotonic() - began
+                self.note(report, bar)
+                self.milestones()
+                progress.seconds = time.monotonic() - began
+        finally:
+            stream.close()
+            bar.close()
+        if self.stop.signum is not None:
+            self.save(last=True)
+            command = f"reverie train --out {self.folder} --resume"
+            raise Stopped(f"stopped; saved step {progress.step} of {self.folder}, go on with: {command}", self.stop.signum)
+
+    def finished(self) -> bool:
+        """Whether the steps or the minutes are over."""
+        total, minutes = self.config.total_steps, self.config.minutes
+        steps_over = total is not None and self.progress.step >= total
+        return steps_over or (minutes is not None and self.progress.seconds >= 60 * minutes)
+
+    def finish(self) -> None:
+        """Write the last checkpoint, loss and samples, and the model itself."""
+        if self.saved_at != self.progress.step:
+            self.save(last=True)
+        self.validate()
+        self.sample()
+        with self.emas[0].applied(self.network):
+            write_model(self.finished_model(), self.folder / "model", overwrite=True)
+        self.say(f"done: step {self.progress.step}, {self.progress.seconds / 60:.1f} minutes; the model is {self.folder}")
+
+    def finished_model(self) -> Model:
+        """Return the model with its training on its card."""
+        record = TrainingRecord(
+            steps=self.progress.step,
+            images=self.progress.step * self.config.batch_size,
+            seed=self.config.seed,
+            seconds=self.progress.seconds,
+            config=self.config.model_dump(mode="json", exclude_unset=True),
+        )
+        return Model(self.model.denoiser, self.plan.card.model_copy(update={"training": record}))
+
+    # One step -------------------------------------------------------------------------------------
+
+    def step(self, batch: Batch) -> StepReport:
+        """Make one step, and let the averages follow unless it was skipped."""
+        progress = self.progress
+        report = self.update(self.examples(batch), progress.step)
+        progress.step += 1
+        if report.skipped:
+            progress.bad_in_a_row += 1
+            self.report_skipped(report, batch)
+            return report
+        progress.bad_in_a_row = 0
+        for ema in self.emas:
+            ema.update(progress.updates)
+        progress.updates += 1
+        return report
+
+    def examples(self, batch: Batch) -> Examples:
+        """Return a batch with its times and noise, on the device."""
+        labels = batch.labels if self.plan.labels else None
+        card, progress = self.plan.card, self.progress
+        examples = draw_examples(
+            batch.images, labels, batch.positions.tolist(), self.update.times, progress.step, self.config, card.null_label
+        )
+        return on_device(examples, self.plan.device, self.layout)
+
+    def report_skipped(self, report: StepReport, batch: Batch) -> None:
+        """Say which step was skipped and why; end the run where too many in a row were."""
+        progress, config = self.progress, self.config
+        shown = ", ".join(str(i) for i in batch.indices.tolist()[:8])
+        where = f"step {progress.step}: {report.skipped} (loss {report.loss:.4g}, gradient {report.norm:.4g}, images {shown}, ...)"
+        if progress.bad_in_a_row < config.max_bad_steps:
+            self.say(f"{where}; skipped")
+            return
+        with suppress(NonFiniteError):  # the weights, which no skipped step has touched
+            self.save()
+        raise NonFiniteError(
+            f"{where}; {progress.bad_in_a_row} steps in a row were skipped, so the run ends; its last good state is "
+            f"step {max(self.saved_at, 0)} in {self.folder / 'checkpoints'}; lower --learning-rate, or look at these images"
+        )
+
+    # What happens every so often ------------------------------------------------------------------
+
+    def note(self, report: StepReport, bar: tqdm) -> None:
+        """Show a step, and write a line of the log every so often."""
+        progress = self.progress
+        if not report.skipped:
+            progress.loss_sum += report.loss
+            progress.loss_count += 1
+        bar.update()
+        rate = bar.format_dict["rate"]
+        bar.set_postfix({"loss": f"{report.loss:.4f}", "images/s": f"{self.config.batch_size * (rate or 0):.0f}"}, refresh=False)
+        if progress.step % self.config.log_every == 0 and progress.loss_count:
+            self.log.write(
+                progress.step,
+                loss=progress.loss_sum / progress.loss_count,
+                gradient_norm=report.norm,
+                learning_rate=self.config.rate(progress.step - 1, self.plan.learning_rate),
+                images=progress.step * self.config.batch_size,
+                skipped=progress.step - progress.updates,
+                seconds=round(progress.seconds, 3),
+            )
+            progress.loss_sum, progress.loss_count = 0.0, 0
+
+    def milestones(self) -> None:
+        """Save, validate and sample where it is time, unless the run is about to end and will do so anyway."""
+        step, config = self.progress.step, self.config
+        if self.finished() or self.stop:
+            return
+        if step % config.save_every == 0:
+            self.save()
+        if config.validate_every and step % config.validate_every == 0:
+            self.validate()
+        if config.sample_every and step % config.sample_every == 0:
+            self.sample()
+
+    def validate(self) -> None:
+        """Write the held-out loss of the averaged weights, per noise level."""
+        if not self.config.validate_every or not self.held_out:
+            return
+        with self.averaged():
+            levels = held_out_loss(
+                self.model.denoiser, self.dataset, self.held_out, self.plan.labels, self.plan.device, self.config.batch_size
+            )
+        named = {f"held_out_loss/{k}": float(loss) for k, loss in enumerate(levels)}
+        self.log.write(self.progress.step, held_out_loss=float(levels.mean()), **named)
+        self.say(f"step {self.progress.step}: held-out loss {float(levels.mean()):.4f}")
+
+    def sample(self) -> None:
+        """Write a grid of samples of the averaged weights."""
+        config, path = self.config, preview_path(self.folder, self.progress.step)
+        if not config.sample_every:
+            return
+        try:
+            with self.averaged():
+                picture = preview(self.model, config.sample_count, config.sample_steps, config.seed)
+            write_file(path, picture)
+            self.log.image(self.progress.step, "samples", path)
+        except (NonFiniteError, StorageError) as error:
+            self.say(f"no samples at step {self.progress.step}: {error}")
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """A block in which the network holds its first average, and no dropout."""
+        with self.emas[0].applied(self.network):
+            self.network.eval()
+            try:
+                yield
+            finally:
+                self.network.train()
+
+    # Checkpoints ----------------------------------------------------------------------------------
+
+    def save(self, last: bool = False) -> None:
+        """Save a checkpoint; one that fails is reported and tried again at the next, unless it is the last."""
+        progress = self.progress
+        try:
+            with self.stop.saving():
+                saved = self.store.save(progress.step, *self.state())
+        except StorageError as error:
+            if last:
+                raise
+            self.say(f"step {progress.step} was not saved: {error}; training goes on, the next try is at the next save")
+            return
+        self.saved_at = progress.step
+        for warning in saved.warnings:
+            self.say(warning)
+
+    def state(self) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, Any]]:
+        """Return the run's state: tensors by group, and a record of everything else."""
+        tensors, record = flatten_optimizer(self.update.optimizer, self.network.named_parameters())
+        groups = {"model": self.network.state_dict(), "optimizer": tensors, "times": self.update.times.state()}
+        groups |= {ema.name: ema.state() for ema in self.emas}
+        config = self.config.model_dump_json(exclude_unset=True)
+        return {name: group for name, group in groups.items() if group}, {
+            "progress": asdict(self.progress),
+            "gradient": {"mean_norm": self.update.mean_norm, "counted": self.update.counted},
+            "optimizer": record,
+            "averages": [ema.name for ema in self.emas],
+            "code_version": reverie.__version__,
+            "config_hash": hashlib.sha256(config.encode()).hexdigest(),
+            "data_fingerprint": self.dataset.fingerprint,
+        }
+
+    def restore(self) -> None:
+        """Go on from the newest checkpoint that verifies, or from the start if the run never saved one.
+
+        Raises:
+            ModelFileError: There are checkpoints and none can be used, or what they hold is another model or
+                another data set.
+        """
+        self.check_same_run()
+        checkpoint = self.store.latest()
+        if checkpoint is None:
+            self.say(f"{self.folder} was stopped before its first checkpoint; it begins again at step 0")
+            return
+        for line in (*checkpoint.warnings, *checkpoint.changes()):
+            self.say(line)
+        self.load(checkpoint)
+        self.saved_at = checkpoint.step
+        self.say(f"resuming {self.folder} at step {checkpoint.step}")
+
+    def check_same_run(self) -> None:
+        """Refuse a run whose model or data has changed since."""
+        path = self.folder / "card.json"
+        before, now = read_card(path), self.plan.card
+        if before.data != now.data:
+            raise ModelFileError(f"{self.folder} was trained on {before.data}; {self.config.data} is now {now.data}")
+        same = before.model_copy(update={"code": now.code})
+        if same != now:
+            names = [name for name in Card.model_fields if getattr(same, name) != getattr(now, name)]
+            raise ModelFileError(f"{path} describes another model: {', '.join(names)} differ; restore it from a copy")
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Take up a checkpoint's state."""
+        record, weights = checkpoint.record, checkpoint.tensors("model")
+        check_tensors(self.network.state_dict(), weights, str(checkpoint.path))
+        for ema in self.emas:
+            ema.load(checkpoint.tensors(ema.name), str(checkpoint.path))
+        self.network.load_state_dict(weights)
+        restore_optimizer(
+            self.update.optimizer, self.network.named_parameters(), checkpoint.tensors("optimizer"), record["optimizer"]
+        )
+        if "times" in checkpoint.groups:
+            self.update.times.load(checkpoint.tensors("times"))
+        self.progress = Progress(**record["progress"])
+        self.update.mean_norm = record["gradient"]["mean_norm"]
+        self.update.counted = record["gradient"]["counted"]

@@ -1,0 +1,178 @@
+r"""One optimiser step: loss, gradient, and whether to believe them.
+
+A step whose loss or gradient is not finite, or whose gradient is many times its running mean, changes
+nothing: not the weights, not Adam's moments, not the averages.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW
+
+from reverie.base.randomness import normal, torch_seed, uniform
+from reverie.diffusion.denoisers import Denoiser
+from reverie.diffusion.objectives import Objective
+from reverie.diffusion.times import TimeSampler
+from reverie.training.config import TrainConfig
+
+MEMORY = 0.98  # of the running mean of the gradient's norm
+SETTLED = 50  # steps before that mean is believed
+
+
+@dataclass
+class Examples:
+    """A step's training data, on the device.
+
+    Arguments:
+        x0: Clean images (B, C, H, W) in [-1, 1].
+        t: Times (B,).
+        factor: What makes the times' losses unbiased (B,).
+        eps: Noise (B, C, H, W).
+        label: Labels (B,), the null label where hidden; None without classes.
+    """
+
+    x0: Tensor
+    t: Tensor
+    factor: Tensor
+    eps: Tensor
+    label: Tensor | None
+
+    def part(self, index: slice) -> "Examples":
+        """Return some of them."""
+        label = None if self.label is None else self.label[index]
+        return Examples(self.x0[index], self.t[index], self.factor[index], self.eps[index], label)
+
+    @property
+    def condition(self) -> dict[str, Tensor]:
+        """The condition, by the network's keyword."""
+        return {} if self.label is None else {"label": self.label}
+
+
+def to_unit(images: Tensor) -> Tensor:
+    """Return 8-bit images as floats in [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
+def draw_examples(
+    images: Tensor,
+    labels: Tensor | None,
+    positions: Sequence[int],
+    times: TimeSampler,
+    step: int,
+    config: TrainConfig,
+    null_label: int,
+) -> Examples:
+    """Return what a step trains on; everything random in it is a function of the seed and of (step, position)."""
+    drawn = times(len(images), config.seed, "time", step)
+    eps = torch.stack([normal(images.shape[1:], config.seed, "train", int(p)) for p in positions])
+    if labels is not None:
+        hidden = uniform((len(labels),), config.seed, "hide", step) < config.label_dropout
+        labels = torch.where(hidden, null_label, labels)
+    return Examples(to_unit(images), drawn.t, drawn.factor, eps, labels)
+
+
+def on_device(examples: Examples, device: torch.device, layout: torch.memory_format) -> Examples:
+    """Return the examples on a device, images in a memory layout."""
+    label = None if examples.label is None else examples.label.to(device)
+    x0 = examples.x0.to(device, memory_format=layout)
+    eps = examples.eps.to(device, memory_format=layout)
+    return Examples(x0, examples.t.to(device), examples.factor.to(device), eps, label)
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What a step did: its loss, its gradient's norm, and why it was skipped, if it was."""
+
+    loss: float
+    norm: float
+    skipped: str = ""
+
+
+@dataclass
+class Update:
+    """The optimiser step, with its memory of gradients.
+
+    Arguments:
+        denoiser: What is trained.
+        objective: Its loss.
+        times: Where the times came from; it learns from the losses.
+        optimizer: AdamW over the denoiser's parameters.
+        config: The run's configuration.
+        rate: The learning rate after warm-up.
+        mean_norm: The running mean of the gradient's norm.
+        counted: Steps that went into it.
+    """
+
+    denoiser: Denoiser
+    objective: Objective
+    times: TimeSampler
+    optimizer: AdamW
+    config: TrainConfig
+    rate: float
+    mean_norm: float = 0.0
+    counted: int = 0
+    parameters: list[nn.Parameter] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.parameters = [p for p in self.denoiser.parameters() if p.requires_grad]
+
+    def __call__(self, examples: Examples, step: int) -> StepReport:
+        """Make step number `step` (from 0) on these examples, or skip it."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.rate(step, self.rate)
+        losses = self.backward(examples, step)
+        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm))
+        loss = float((losses * examples.factor).mean())
+        skipped = self.doubt(loss, norm)
+        if not skipped:
+            self.optimizer.step()
+            self.times.learn(examples.t, losses)
+            self.mean_norm = norm if self.counted == 0 else MEMORY * self.mean_norm + (1 - MEMORY) * norm
+            self.counted += 1
+        self.optimizer.zero_grad(set_to_none=True)
+        return StepReport(loss, norm, skipped)
+
+    def backward(self, examples: Examples, step: int) -> Tensor:
+        """Accumulate the gradient part by part; return the losses (B,)."""
+        size = len(examples.x0) // self.config.accumulate
+        losses = []
+        for i in range(self.config.accumulate):
+            part = examples.part(slice(i * size, (i + 1) * size))
+            with self.dropout_seed(step, i):
+                loss = self.objective(self.denoiser, part.x0, part.t, part.eps, part.condition)
+            ((loss * part.factor).sum() / len(examples.x0)).backward()
+            losses.append(loss.detach())
+        return torch.cat(losses)
+
+    def dropout_seed(self, step: int, part: int) -> "Seeded":
+        """Return the context in which dropout is a function of (seed, step, part)."""
+        return Seeded(torch_seed(self.config.seed, "dropout", step, part) if self.config.dropout else None)
+
+    def doubt(self, loss: float, norm: float) -> str:
+        """Return why a step is not to be believed, or nothing."""
+        if not math.isfinite(loss):
+            return f"the loss is {loss}"
+        if not math.isfinite(norm):
+            return f"the gradient's norm is {norm}"
+        if self.counted >= SETTLED and norm > self.config.spike * self.mean_norm:
+            return f"the gradient's norm is {norm:.3g}, its running mean {self.mean_norm:.3g}"
+        return ""
+
+
+class Seeded:
+    """A block in which torch's generators start from a seed; the caller's come back. Nothing where it is None."""
+
+    def __init__(self, seed: int | None) -> None:
+        self.seed = seed
+        self.fork = torch.random.fork_rng(enabled=seed is not None)
+
+    def __enter__(self) -> None:
+        self.fork.__enter__()
+        if self.seed is not None:
+            torch.manual_seed(self.seed)
+
+    def __exit__(self, *error: object) -> None:
+        self.fork.__exit__(*error)

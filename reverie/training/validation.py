@@ -1,0 +1,49 @@
+"""The held-out loss, per noise level, with noise that never changes: two runs' curves can be compared."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from reverie.base.randomness import normal
+from reverie.data.dataset import Dataset
+from reverie.diffusion.denoisers import Denoiser
+from reverie.diffusion.objectives import Simple
+from reverie.diffusion.schedules import Schedule, Table
+from reverie.training.update import to_unit
+
+LEVELS = 10
+
+
+def level_times(schedule: Schedule, levels: int = LEVELS) -> Float[Tensor, " n"]:
+    """Return the middle of each of `levels` equal parts of time (levels,), on a table its nearest entry."""
+    t = (torch.arange(levels, dtype=torch.float64) + 0.5) / levels
+    return schedule.time_of_timestep(schedule.timestep(t).round()) if isinstance(schedule, Table) else t
+
+
+@torch.no_grad()
+def held_out_loss(
+    denoiser: Denoiser,
+    dataset: Dataset,
+    indices: list[int],
+    labels: bool,
+    device: torch.device,
+    batch_size: int = 64,
+    most: int = 256,
+) -> Float[Tensor, " n"]:
+    """Return the mean squared error of the noise at each level (LEVELS,), on at most `most` held-out images.
+
+    The same images and noise at every level and every time, whatever the network predicts.
+    """
+    simple = Simple("eps")
+    times = level_times(denoiser.schedule).to(device)
+    total = torch.zeros(len(times), dtype=torch.float64)
+    chosen = indices[:most]
+    for start in range(0, len(chosen), batch_size):
+        part = chosen[start : start + batch_size]
+        x0 = to_unit(dataset.images(part)).to(device)
+        eps = torch.stack([normal(x0.shape[1:], 0, "validate", int(i)) for i in part]).to(device)
+        label = dataset.labels(part) if labels else None
+        condition = {} if label is None else {"label": label.to(device)}
+        for k, t in enumerate(times):
+            total[k] += float(simple(denoiser, x0, t.expand(len(part)), eps, condition).double().sum())
+    return total / len(chosen)
