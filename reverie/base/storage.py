@@ -24,7 +24,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import BinaryIO
+from typing import Protocol, runtime_checkable
 
 from reverie.base.errors import StorageError
 
@@ -48,7 +48,15 @@ ADVICE = {
 # What a disk can do ---------------------------------------------------------------------------
 
 
-def put(file: BinaryIO, data: bytes | memoryview) -> None:
+@runtime_checkable
+class Sink(Protocol):
+    """An open file, as far as writing needs one."""
+
+    def write(self, data: bytes | memoryview, /) -> int:
+        """Take some of the data, and return how many bytes."""
+
+
+def put(file: Sink, data: bytes | memoryview) -> None:
     """Write all of the data to an open file: the one place where bytes leave for a disk."""
     rest = memoryview(data)
     while rest:
@@ -216,7 +224,7 @@ class Writer:
         file: Open for writing bytes.
     """
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, file: Sink) -> None:
         self.file = file
         self.tally = Tally()
 

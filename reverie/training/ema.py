@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from reverie.base.errors import UsageError
-from reverie.training.checkpoints import check_tensors
+from reverie.models.checkpoints import check_tensors
 
 # Models that hold an average at the moment: what is taken from them now is not their own weights.
 swapped: WeakSet[nn.Module] = WeakSet()

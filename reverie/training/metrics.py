@@ -21,14 +21,14 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Protocol, TextIO
+from typing import Any, BinaryIO, Protocol, runtime_checkable
 
 from jaxtyping import UInt8
 from torch import Tensor
 
 from reverie.base.errors import UsageError
 from reverie.base.registry import Registry
-from reverie.training.storage import guarded, put, storage_error, write_file
+from reverie.base.storage import guarded, put, storage_error, write_file
 
 # Saying something -----------------------------------------------------------------------------
 
@@ -37,6 +37,23 @@ def warn(message: str) -> None:
     """Say a warning on standard error, if anyone listens there."""
     with suppress(OSError, ValueError, AttributeError):  # closed; or there is none
         print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
+@runtime_checkable
+class Stream(Protocol):
+    """An open text file, as far as a console needs one."""
+
+    def write(self, text: str, /) -> int:
+        """Take text."""
+
+    def flush(self) -> None:
+        """Send what was taken."""
+
+    def isatty(self) -> bool:
+        """Return whether it is a terminal."""
+
+    def fileno(self) -> int:
+        """Return its number with the system."""
 
 
 class Console:
@@ -52,7 +69,7 @@ class Console:
         step 100, loss 0.043
     """
 
-    def __init__(self, stream: TextIO, warn: Callable[[str], None] = warn) -> None:
+    def __init__(self, stream: Stream, warn: Callable[[str], None] = warn) -> None:
         self.stream = stream
         self.warn = warn
         self.open = True
@@ -213,6 +230,7 @@ def step_of(line: bytes) -> int:
 # Trackers -------------------------------------------------------------------------------------
 
 
+@runtime_checkable
 class Tracker(Protocol):
     """Anything that shows numbers and pictures along a run."""
 

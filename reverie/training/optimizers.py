@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from reverie.base.errors import ModelFileError, UsageError
-from reverie.training.checkpoints import Spec, check_tensors
+from reverie.models.checkpoints import Spec, check_tensors
 
 
 def named_groups(optimizer: Optimizer, named_parameters: Iterable[tuple[str, Tensor]]) -> list[dict[str, Tensor]]:

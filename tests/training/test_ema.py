@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from reverie.base.errors import ModelFileError, UsageError
-from reverie.training.checkpoints import CheckpointStore
+from reverie.models.checkpoints import CheckpointStore
 from reverie.training.ema import EMA
 
 

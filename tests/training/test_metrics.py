@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 
+from reverie.base import storage
 from reverie.base.errors import StorageError, UsageError
-from reverie.training import metrics, storage
-from reverie.training.metrics import Console, MetricsLog, Trackers, open_trackers
+from reverie.training import metrics
+from reverie.training.metrics import Console, MetricsLog, Tracker, Trackers, open_trackers
 
 
 @pytest.fixture
@@ -369,11 +370,11 @@ def test_no_tracker_is_none(tmp_path):
 
 
 def test_a_tracker_that_fails_is_dropped_and_the_others_go_on(told):
-    class Broken:
+    class Broken(Tracker):
         def log(self, step, values):
             raise RuntimeError("the network is down")
 
-    class Sound:
+    class Sound(Tracker):
         def __init__(self):
             self.steps = []
 

@@ -65,7 +65,8 @@ def test_an_insisting_interrupt_does_not_wait_for_the_step():
             signal.raise_signal(signal.SIGINT)
             reached.append("the end of the step")
 
-    pytest.raises(Stopped, run)
+    with pytest.raises(Stopped):
+        run()
     assert not reached
 
 
@@ -87,7 +88,8 @@ def test_an_insisting_interrupt_waits_for_the_save():
                 done.append("outer")
             done.append("after")
 
-    pytest.raises(Stopped, run)
+    with pytest.raises(Stopped):
+        run()
     assert done == ["inner", "outer"]
 
 
@@ -161,7 +163,7 @@ RUN = """
 import sys, time
 from pathlib import Path
 from reverie.base.errors import ReverieError, Stopped
-from reverie.training import storage
+from reverie.base import storage
 from reverie.training.signals import StopRequest
 
 put = storage.put

@@ -32,9 +32,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 import reverie
+from reverie.base import storage
 from reverie.base.errors import ModelFileError, NonFiniteError, StorageError, UsageError
-from reverie.training import storage
-from reverie.training.storage import Digest, Writer, alive, file_digest, guarded, sync_folder, write_synced
+from reverie.base.storage import Digest, Writer, alive, file_digest, guarded, sync_folder, write_synced
 
 FORMAT = 1
 MANIFEST, RECORD = "manifest.json", "state.json"
@@ -75,15 +75,17 @@ def raw(tensor: Tensor) -> memoryview:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
-def safetensors_writer(tensors: Mapping[str, Tensor]) -> Callable[[Writer], None]:
-    """Return the function that writes tensors as a safetensors file.
+def safetensors_writer(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> Callable[[Writer], None]:
+    """Return the function that writes tensors, and texts by name, as a safetensors file.
 
     The library writes such files too, but past `storage.put`; here each byte is counted and summed up as it
     leaves, so that what is read back is compared with the memory and not with itself. No copy of the whole is made.
     """
     # Wide types first, so that each tensor starts at a multiple of its item's size.
     names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     end = 0
     for name in names:
         start, end = end, end + tensors[name].numel() * tensors[name].dtype.itemsize
