@@ -97,7 +97,10 @@ def make_plan(config: TrainConfig, dataset: Dataset) -> Plan:
         learned_variance=config.learned_variance,
         classes=dataset.classes if labels else (),
         data=DataRecord(
-            name=dataset.name[:200], fingerprint=dataset.fingerprint, count=len(dataset), preparation=dataset.preparation
+            name=dataset.name[:200],
+            fingerprint=dataset.fingerprint,
+            count=len(dataset),
+            preparation=dataset.preparation,
         ),
         sampling=SamplingDefaults(),
         code=reverie.__version__,

@@ -1,30 +1,40 @@
 """Sample grids as a run goes on: the averaged weights, the same noise every time."""
 
+from io import BytesIO
 from pathlib import Path
 
+import numpy as np
+import torch
+from jaxtyping import UInt8
+from PIL.Image import Image
+from torch import Tensor
+
 from reverie.models.model import Model
-from reverie.models.pictures import grid_picture, picture_bytes
+from reverie.models.pictures import grid_picture
 
 
-def preview_classes(count: int, classes: int) -> list[int] | None:
-    """Return the classes of a preview's images, each row one of them; None without classes.
-
-    Example:
-        >>> preview_classes(5, 2)
-        [0, 1, 0, 1, 0]
-    """
-    return [i % classes for i in range(count)] if classes else None
-
-
-def preview(model: Model, count: int, steps: int, seed: int) -> bytes:
-    """Return a grid of samples as the bytes of a PNG."""
-    classes = preview_classes(count, len(model.card.classes))
+def preview(model: Model, count: int, steps: int, seed: int) -> Image:
+    """Return a grid of samples by DDIM; with classes, a column for each, the class's own noise in it."""
+    classes = len(model.card.classes)
     most = min(steps, getattr(model.denoiser.schedule, "timesteps", steps))
-    samples = model.sample(count, seed=seed, classes=classes, sampler="ddim", steps=most, guidance=1.0 if classes else None)
-    columns = len(model.card.classes) if 2 <= len(model.card.classes) <= 16 else None
-    return picture_bytes(grid_picture(samples.uint8, columns=columns))
+    labels = [i % classes for i in range(count)] if classes else None
+    samples = model.sample(count, seed=seed, classes=labels, sampler="ddim", steps=most)
+    return grid_picture(samples.uint8, columns=classes if 2 <= classes <= 16 else None)
 
 
 def preview_path(folder: Path, step: int) -> Path:
     """Return where the grid of a step lies."""
     return folder / "samples" / f"step-{step:08d}.png"
+
+
+def png_bytes(picture: Image) -> bytes:
+    """Return a picture as a PNG file's bytes."""
+    buffer = BytesIO()
+    picture.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def to_tensor(picture: Image) -> UInt8[Tensor, "c h w"]:
+    """Return a picture as a tensor (C, H, W)."""
+    array = np.asarray(picture)
+    return torch.from_numpy(array.reshape(*array.shape[:2], -1).copy()).permute(2, 0, 1)

@@ -8,7 +8,7 @@ where in the run it is, so that a run that was killed and resumed is the run tha
 import hashlib
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,34 +33,27 @@ from reverie.models.formats import write_model
 from reverie.models.model import Model
 from reverie.training.config import TrainConfig
 from reverie.training.ema import EMA
-from reverie.training.metrics import MetricsLog, open_trackers
+from reverie.training.metrics import Console, MetricsLog, Stream, open_trackers
 from reverie.training.optimizers import flatten_optimizer, restore_optimizer
 from reverie.training.plan import make_plan
-from reverie.training.previews import preview, preview_path
+from reverie.training.previews import png_bytes, preview, preview_path, to_tensor
 from reverie.training.setup import make_objective, make_times, merge
 from reverie.training.signals import StopRequest
-from reverie.training.update import Examples, Seeded, StepReport, Update, draw_examples, on_device, torch_seed
+from reverie.training.update import Examples, StepReport, Update, draw_examples, on_device, seeded
 from reverie.training.validation import held_out_loss
 
-Say = Callable[[str], None]
 Resume = Literal["no", "yes", "auto"]
 MAX_HELD_OUT = 500
 
 
-def say_to_stderr(line: str) -> None:
-    """Print a line of the run's report; whoever closes the terminal does not end the run."""
-    with suppress(OSError, ValueError):
-        tqdm.write(line, file=sys.stderr)
-
-
-def train(config: TrainConfig, resume: Resume = "no", say: Say = say_to_stderr) -> Path:
+def train(config: TrainConfig, resume: Resume = "no", stream: Stream = sys.stderr) -> Path:
     """Train a model, or go on with a run, and return the run's folder.
 
     Arguments:
         config: What to do.
         resume: "no" starts a run, whose folder must not hold one; "yes" continues one, which must be
             there; "auto" does whichever fits.
-        say: Takes the run's report, line by line.
+        stream: Where the run's report and its progress bar go; it may close.
 
     Raises:
         UsageError: The configuration does not fit the data, the machine or the folder.
@@ -74,7 +67,7 @@ def train(config: TrainConfig, resume: Resume = "no", say: Say = say_to_stderr) 
     found = (folder / "config.json").exists()
     check_folder(folder, found, resume)
     with torch_threads(config.threads):
-        return Run(config, found, say).go()
+        return Run(config, found, Console(stream)).go()
 
 
 def check_folder(folder: Path, found: bool, resume: Resume) -> None:
@@ -131,14 +124,14 @@ class Run:
     Arguments:
         config: What to do; of a resumed run, what to do otherwise than before.
         resumed: Whether its folder holds it already.
-        say: Takes its report, line by line.
+        console: Where its report and its progress bar go.
     """
 
-    def __init__(self, config: TrainConfig, resumed: bool, say: Say) -> None:
-        self.folder, self.say, self.resumed = Path(config.out), say, resumed
+    def __init__(self, config: TrainConfig, resumed: bool, console: Console) -> None:
+        self.folder, self.console, self.resumed = Path(config.out), console, resumed
         self.config, changes = merge(config, self.folder) if resumed else (config, [])
         for line in changes:
-            say(line)
+            self.say(line)
         self.dataset = self.open_data()
         self.plan = make_plan(self.config, self.dataset)
         self.progress = Progress()
@@ -146,6 +139,10 @@ class Run:
         self.stop = StopRequest()
         self.make_model()
         self.make_training()
+
+    def say(self, line: str) -> None:
+        """Report a line, above the progress bar."""
+        tqdm.write(line, file=self.console)
 
     def open_data(self) -> Dataset:
         """Return the data, its unreadable files named."""
@@ -161,14 +158,14 @@ class Run:
     def make_model(self) -> None:
         """Build the network, and the model that is sampled: the same network, never compiled."""
         plan, config = self.plan, self.config
-        with Seeded(torch_seed(config.seed, "weights")):
+        with seeded(True, config.seed, "weights"):
             denoiser = build(plan.card)
         denoiser.dtype = plan.dtype
-        self.network = denoiser.network.to(plan.device, memory_format=self.layout).train()
+        self.network = denoiser.network.to(plan.device).to(memory_format=self.layout).train()  # type: ignore[call-overload]
         if config.checkpointing:
             self.network.checkpointing = True
         self.model = Model(denoiser, plan.card)
-        trained = torch.compile(self.network) if config.compile else self.network
+        trained: Any = torch.compile(self.network) if config.compile else self.network
         card = plan.card
         self.denoiser = NetworkDenoiser(
             trained, build_schedule(card.schedule), build_prediction(card), card.learned_variance, plan.dtype
@@ -206,11 +203,17 @@ class Run:
             self.restore() if self.resumed else self.write_beginnings()
             for line in self.plan.lines():
                 self.say(line)
-            trackers = open_trackers(self.config.track, self.folder, self.config.model_dump(mode="json"))
-            with MetricsLog(self.folder / "metrics.jsonl", self.progress.step, trackers, self.say) as self.log:
+            with self.open_log() as self.log:
                 self.loop()
                 self.finish()
         return self.folder
+
+    def open_log(self) -> MetricsLog:
+        """Return the run's log, with the trackers asked for."""
+        resume_at = self.progress.step + 1 if self.resumed else None
+        told = self.config.model_dump(mode="json")
+        trackers = open_trackers(self.config.track, self.folder, told, resume_at, warn=self.say)
+        return MetricsLog(self.folder / "metrics.jsonl", resume_at, trackers, warn=self.say)
 
     def write_beginnings(self) -> None:
         """Write what the run is, before its first step."""
@@ -223,7 +226,9 @@ class Run:
         progress, config = self.progress, self.config
         began = time.monotonic() - progress.seconds
         stream = self.batches.stream(progress.step)
-        bar = tqdm(total=config.total_steps, initial=progress.step, unit="step", desc=self.folder.name, file=sys.stderr)
+        bar = tqdm(
+            total=config.total_steps, initial=progress.step, unit="step", desc=self.folder.name, file=self.console
+        )
         try:
             while not self.finished() and not self.stop:
                 report = self.step(next(stream))
@@ -237,7 +242,9 @@ class Run:
         if self.stop.signum is not None:
             self.save(last=True)
             command = f"reverie train --out {self.folder} --resume"
-            raise Stopped(f"stopped; saved step {progress.step} of {self.folder}, go on with: {command}", self.stop.signum)
+            raise Stopped(
+                f"stopped; saved step {progress.step} of {self.folder}, go on with: {command}", self.stop.signum
+            )
 
     def finished(self) -> bool:
         """Whether the steps or the minutes are over."""
@@ -248,12 +255,14 @@ class Run:
     def finish(self) -> None:
         """Write the last checkpoint, loss and samples, and the model itself."""
         if self.saved_at != self.progress.step:
+            self.validate()
+            self.sample()
             self.save(last=True)
-        self.validate()
-        self.sample()
         with self.emas[0].applied(self.network):
             write_model(self.finished_model(), self.folder / "model", overwrite=True)
-        self.say(f"done: step {self.progress.step}, {self.progress.seconds / 60:.1f} minutes; the model is {self.folder}")
+        self.say(
+            f"done: step {self.progress.step}, {self.progress.seconds / 60:.1f} minutes; the model is {self.folder}"
+        )
 
     def finished_model(self) -> Model:
         """Return the model with its training on its card."""
@@ -288,7 +297,13 @@ class Run:
         labels = batch.labels if self.plan.labels else None
         card, progress = self.plan.card, self.progress
         examples = draw_examples(
-            batch.images, labels, batch.positions.tolist(), self.update.times, progress.step, self.config, card.null_label
+            batch.images,
+            labels,
+            batch.positions.tolist(),
+            self.update.times,
+            progress.step,
+            self.config,
+            card.null_label,
         )
         return on_device(examples, self.plan.device, self.layout)
 
@@ -296,15 +311,16 @@ class Run:
         """Say which step was skipped and why; end the run where too many in a row were."""
         progress, config = self.progress, self.config
         shown = ", ".join(str(i) for i in batch.indices.tolist()[:8])
-        where = f"step {progress.step}: {report.skipped} (loss {report.loss:.4g}, gradient {report.norm:.4g}, images {shown}, ...)"
+        numbers = f"loss {report.loss:.4g}, gradient {report.norm:.4g}, images {shown}"
+        where = f"step {progress.step}: {report.skipped} ({numbers})"
         if progress.bad_in_a_row < config.max_bad_steps:
             self.say(f"{where}; skipped")
             return
         with suppress(NonFiniteError):  # the weights, which no skipped step has touched
             self.save()
         raise NonFiniteError(
-            f"{where}; {progress.bad_in_a_row} steps in a row were skipped, so the run ends; its last good state is "
-            f"step {max(self.saved_at, 0)} in {self.folder / 'checkpoints'}; lower --learning-rate, or look at these images"
+            f"{where}; {progress.bad_in_a_row} steps in a row were skipped and the run ends; its last good state is "
+            f"step {max(self.saved_at, 0)} in {self.folder}; lower --learning-rate, or look at these images"
         )
 
     # What happens every so often ------------------------------------------------------------------
@@ -317,17 +333,19 @@ class Run:
             progress.loss_count += 1
         bar.update()
         rate = bar.format_dict["rate"]
-        bar.set_postfix({"loss": f"{report.loss:.4f}", "images/s": f"{self.config.batch_size * (rate or 0):.0f}"}, refresh=False)
+        bar.set_postfix(
+            {"loss": f"{report.loss:.4f}", "images/s": f"{self.config.batch_size * (rate or 0):.0f}"}, refresh=False
+        )
         if progress.step % self.config.log_every == 0 and progress.loss_count:
-            self.log.write(
-                progress.step,
-                loss=progress.loss_sum / progress.loss_count,
-                gradient_norm=report.norm,
-                learning_rate=self.config.rate(progress.step - 1, self.plan.learning_rate),
-                images=progress.step * self.config.batch_size,
-                skipped=progress.step - progress.updates,
-                seconds=round(progress.seconds, 3),
-            )
+            values = {
+                "loss": progress.loss_sum / progress.loss_count,
+                "gradient_norm": report.norm,
+                "learning_rate": self.config.rate(progress.step - 1, self.plan.learning_rate),
+                "images": progress.step * self.config.batch_size,
+                "skipped": progress.step - progress.updates,
+                "seconds": round(progress.seconds, 3),
+            }
+            self.log.write(progress.step, values)
             progress.loss_sum, progress.loss_count = 0.0, 0
 
     def milestones(self) -> None:
@@ -335,12 +353,12 @@ class Run:
         step, config = self.progress.step, self.config
         if self.finished() or self.stop:
             return
-        if step % config.save_every == 0:
-            self.save()
         if config.validate_every and step % config.validate_every == 0:
             self.validate()
         if config.sample_every and step % config.sample_every == 0:
             self.sample()
+        if step % config.save_every == 0:  # last: what a resumed run does not do again is done
+            self.save()
 
     def validate(self) -> None:
         """Write the held-out loss of the averaged weights, per noise level."""
@@ -348,10 +366,15 @@ class Run:
             return
         with self.averaged():
             levels = held_out_loss(
-                self.model.denoiser, self.dataset, self.held_out, self.plan.labels, self.plan.device, self.config.batch_size
+                self.model.denoiser,
+                self.dataset,
+                self.held_out,
+                self.plan.labels,
+                self.plan.device,
+                self.config.batch_size,
             )
         named = {f"held_out_loss/{k}": float(loss) for k, loss in enumerate(levels)}
-        self.log.write(self.progress.step, held_out_loss=float(levels.mean()), **named)
+        self.log.write(self.progress.step, {"held_out_loss": float(levels.mean()), **named})
         self.say(f"step {self.progress.step}: held-out loss {float(levels.mean()):.4f}")
 
     def sample(self) -> None:
@@ -362,8 +385,8 @@ class Run:
         try:
             with self.averaged():
                 picture = preview(self.model, config.sample_count, config.sample_steps, config.seed)
-            write_file(path, picture)
-            self.log.image(self.progress.step, "samples", path)
+            write_file(path, png_bytes(picture))
+            self.log.trackers.picture(self.progress.step, "samples", to_tensor(picture))
         except (NonFiniteError, StorageError) as error:
             self.say(f"no samples at step {self.progress.step}: {error}")
 

@@ -5,7 +5,8 @@ nothing: not the weights, not Adam's moments, not the averages.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -20,6 +21,15 @@ from reverie.training.config import TrainConfig
 
 MEMORY = 0.98  # of the running mean of the gradient's norm
 SETTLED = 50  # steps before that mean is believed
+
+
+@contextmanager
+def seeded(enabled: bool, *key: int | str) -> Iterator[None]:
+    """A block in which torch's own generators are a function of a key; the caller's state comes back after it."""
+    with torch.random.fork_rng(enabled=enabled):
+        if enabled:
+            torch.manual_seed(torch_seed(*key))
+        yield
 
 
 @dataclass
@@ -141,15 +151,11 @@ class Update:
         losses = []
         for i in range(self.config.accumulate):
             part = examples.part(slice(i * size, (i + 1) * size))
-            with self.dropout_seed(step, i):
+            with seeded(self.config.dropout > 0, self.config.seed, "dropout", step, i):
                 loss = self.objective(self.denoiser, part.x0, part.t, part.eps, part.condition)
             ((loss * part.factor).sum() / len(examples.x0)).backward()
             losses.append(loss.detach())
         return torch.cat(losses)
-
-    def dropout_seed(self, step: int, part: int) -> "Seeded":
-        """Return the context in which dropout is a function of (seed, step, part)."""
-        return Seeded(torch_seed(self.config.seed, "dropout", step, part) if self.config.dropout else None)
 
     def doubt(self, loss: float, norm: float) -> str:
         """Return why a step is not to be believed, or nothing."""
@@ -160,19 +166,3 @@ class Update:
         if self.counted >= SETTLED and norm > self.config.spike * self.mean_norm:
             return f"the gradient's norm is {norm:.3g}, its running mean {self.mean_norm:.3g}"
         return ""
-
-
-class Seeded:
-    """A block in which torch's generators start from a seed; the caller's come back. Nothing where it is None."""
-
-    def __init__(self, seed: int | None) -> None:
-        self.seed = seed
-        self.fork = torch.random.fork_rng(enabled=seed is not None)
-
-    def __enter__(self) -> None:
-        self.fork.__enter__()
-        if self.seed is not None:
-            torch.manual_seed(self.seed)
-
-    def __exit__(self, *error: object) -> None:
-        self.fork.__exit__(*error)
