@@ -218,6 +218,9 @@ class VE(Schedule):
     def log_alpha(self, t: Time) -> Time:
         return 0 * t
 
+    def drift(self, t: Time) -> Time:
+        return 0 * t
+
     def variance(self, t: Time) -> Time:
         return self.sigma_min**2 * torch.expm1(self.rate * t)
 
@@ -241,6 +244,9 @@ class EDM(Schedule):
         self.sigma_max, self.t_min = sigma_max, sigma_min / sigma_max
 
     def log_alpha(self, t: Time) -> Time:
+        return 0 * t
+
+    def drift(self, t: Time) -> Time:
         return 0 * t
 
     def variance(self, t: Time) -> Time:
