@@ -17,6 +17,31 @@ Each network class names its config class as `Config`, so that `networks[name](n
 builds any of them.
 """
 
+import sys
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
 from reverie.base.registry import Registry
 
 networks = Registry("network", {"unet": "reverie.networks.unet:UNet", "mlp": "reverie.networks.mlp:MLP"})
+
+
+class Room(ModuleType):
+    """This package, which is its registry as well: `rv.networks["unet"]`, where `rv.networks` is the package."""
+
+    def __getitem__(self, name: str) -> Any:
+        """Return the network of that name."""
+        return networks[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(networks)
+
+    def __len__(self) -> int:
+        return len(networks)
+
+    def __contains__(self, name: object) -> bool:
+        return name in networks
+
+
+sys.modules[__name__].__class__ = Room

@@ -1,1 +1,101 @@
-"""TODO"""
+"""Model formats: a folder or a file is recognised by what is in it, never by its name.
+
+A new format is one file here (a class that is a `Format`) and one line in `formats`.
+"""
+
+from pathlib import Path
+
+from reverie.base.errors import ModelFileError, UsageError
+from reverie.base.registry import Registry
+from reverie.models.formats.base import Format
+from reverie.models.model import Model
+
+_HERE = "reverie.models.formats"
+
+# In the order in which they are asked whether they recognise a path.
+formats = Registry(
+    "model format",
+    {
+        "run": f"{_HERE}.run_folder:RunFolder",
+        "checkpoint": f"{_HERE}.run_folder:CheckpointFolder",
+        "diffusers": f"{_HERE}.diffusers_folder:DiffusersFolder",
+        "native": f"{_HERE}.native_folder:NativeFolder",
+        "single-file": f"{_HERE}.single_file:SingleFile",
+    },
+)
+
+
+def recognise(path: Path | str) -> Format:
+    """Return the format of what is at a path.
+
+    Raises:
+        UsageError: There is nothing at that path.
+        ModelFileError: There is something, and it is no model; the message says what would be one.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise UsageError(f"there is no {path}{hub_advice(str(path))}")
+    for name in formats:
+        known: Format = formats[name]()
+        if known.recognises(path):
+            return known
+    signs = "; ".join(formats[name].sign for name in formats)
+    held = sorted(p.name for p in path.iterdir())[:5] if path.is_dir() else []
+    raise ModelFileError(f"{path} is no model (it holds {', '.join(held) or 'nothing'}); a model is {signs}")
+
+
+def hub_advice(name: str) -> str:
+    """Return what to do with the name of a model on the hub, where a path looks like one.
+
+    Example:
+        >>> hub_advice("runs/digits/model"), hub_advice("google/ddpm-cat-256")[:40]
+        ('; check the path', '; if this is a model on the Hugging Face')
+    """
+    parts = name.split("/")
+    plain = all(part and not part.startswith(".") and part.replace("-", "").replace("_", "").replace(".", "").isalnum()
+                for part in parts)  # fmt: skip
+    if len(parts) != 2 or not plain or Path(parts[0]).exists():
+        return "; check the path"
+    advice = f"run `hf download {name} --local-dir DIR` and give DIR"
+    return f"; if this is a model on the Hugging Face hub, reverie fetches nothing here: {advice}"
+
+
+def read_model(path: Path | str, ema: str | None = None) -> Model:
+    """Return the model at a path: a run, a folder of diffusers' or of ours, or one .safetensors file.
+
+    Arguments:
+        path: Where it is.
+        ema: Of a run or checkpoint, which averaged weights to take; "none" for those not averaged.
+
+    Raises:
+        UsageError: There is nothing at that path, or there are no such weights.
+        ModelFileError: It is no model, or one that is damaged, foreign or hostile.
+    """
+    return recognise(path).read(Path(path), ema)
+
+
+def write_model(model: Model, path: Path | str, kind: str | None = None, overwrite: bool = False) -> Path:
+    """Write a model, whole or not at all.
+
+    Arguments:
+        model: The model.
+        path: Where: a folder, or a file whose name ends with .safetensors.
+        kind: diffusers, native or single-file; the first of them that has words for the model, where None.
+        overwrite: Replace a model of the same format.
+
+    Returns:
+        The path.
+
+    Raises:
+        UsageError: There is something there already, or the format can't express the model.
+        StorageError: The disk is full, read-only, gone or faulty.
+    """
+    path = Path(path)
+    if kind is None:
+        kinds = ("single-file",) if path.suffix == ".safetensors" else ("diffusers", "native")
+        kind = next(name for name in kinds if formats[name]().inexpressible(model) is None)
+    chosen: Format = formats[kind]()
+    if wrong := chosen.inexpressible(model):
+        raise UsageError(f"a {kind} model cannot express {wrong}; write a native one")
+    chosen.write(model, path, overwrite)
+    return path

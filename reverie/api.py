@@ -1,0 +1,94 @@
+"""reverie from Python: load a model, sample from it, train one, write it, and make a picture again.
+
+import reverie as rv
+
+model = rv.load("runs/digits")                  # or a diffusers folder, or one .safetensors file
+samples = rv.sample(model, 16, classes=7, steps=20, guidance=2.0, seed=0)
+samples.pil()[0].save("seven.png")
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from reverie.base.errors import UsageError
+from reverie.base.registry import nearest
+from reverie.models.card import sentence
+from reverie.models.formats import write_model
+from reverie.models.load import load
+from reverie.models.model import Model, Samples
+from reverie.models.provenance import again
+
+__all__ = ["again", "load", "sample", "save", "train"]
+
+
+def sample(model: Model | Path | str, n: int = 1, **options: Any) -> Samples:
+    """Draw samples from a model.
+
+    Arguments:
+        model: A model, or the path of one.
+        n: How many.
+        options: As `Model.sample` takes them: seed, classes, sampler, steps, grid, guidance, ...; device and
+            ema, where a path is given, as `load` does.
+
+    Raises:
+        UsageError: Something is out of range, unknown, or would have no effect.
+        ModelFileError: The path holds no model, or one that is damaged.
+        NonFiniteError: A step gave NaN or infinity.
+        OutOfMemoryError: There is not enough memory.
+    """
+    if not isinstance(model, Model):
+        model = load(model, **{name: options.pop(name) for name in ("device", "ema") if name in options})
+    return model.sample(n, **options)
+
+
+def save(model: Model, path: Path | str, kind: str | None = None, overwrite: bool = False) -> Path:
+    """Write a model as a folder that diffusers opens, or as kind says: native, single-file.
+
+    Raises:
+        UsageError: There is something there already, or the format can't express the model.
+        StorageError: The disk is full, read-only, gone or faulty.
+    """
+    return write_model(model, path, kind, overwrite)
+
+
+def train(resume: str | bool = False, **options: Any) -> Path:
+    """Train a model, or go on with a run, and return the run's folder.
+
+    Arguments:
+        resume: Go on with the run that is there; "auto" does so if there is one.
+        options: The fields of `reverie.training.config.TrainConfig`, which are the flags of `reverie train`:
+            data, out, steps, batch_size, ...
+
+    Raises:
+        UsageError: An option is unknown or out of range, or they do not go together.
+        DataError: The data can't be read.
+        Stopped: A signal ended it; its state is saved.
+
+    Example:
+        run = rv.train(data="digits", out="runs/digits", steps=1000)
+    """
+    from reverie.training.trainer import train as run_training
+
+    if resume not in (False, True, "auto"):
+        raise UsageError(f"resume is {resume!r}; it must be True, False or 'auto'")
+    return run_training(make_config(options), "auto" if resume == "auto" else "yes" if resume else "no")
+
+
+def make_config(options: Mapping[str, Any]) -> Any:
+    """Return the configuration of a training run.
+
+    Raises:
+        UsageError: An option is unknown or out of range, or they do not go together.
+    """
+    from reverie.training.config import TrainConfig
+
+    for name in options:
+        if name not in TrainConfig.model_fields:
+            raise UsageError(f"train has no option {name!r}{nearest(name, TrainConfig.model_fields)}")
+    try:
+        return TrainConfig(**options)
+    except ValidationError as error:
+        raise UsageError(sentence(error, shown=100)) from None

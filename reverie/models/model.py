@@ -1,0 +1,255 @@
+"""The model: a denoiser with its card, which is what is saved, loaded, sampled and served."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from hashlib import sha256
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int64, UInt8
+from PIL import Image
+from torch import Tensor
+
+import reverie
+from reverie.base.errors import NonFiniteError, UsageError
+from reverie.diffusion.denoisers import NetworkDenoiser
+from reverie.diffusion.samplers.base import Sampler
+from reverie.models.card import Card
+from reverie.models.plan import SamplingPlan, make_plan
+from reverie.models.sampling import Intermediate, Progress, execute
+
+RECORD_FORMAT = 1
+MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
+
+
+class Model:
+    """A denoiser with its card.
+
+    Arguments:
+        denoiser: A network as a denoiser.
+        card: What it is.
+        source: The path that it came from, as it was given; None for one that was made here.
+        origin: What of that path it is: {"checkpoint": "step-00000500", "weights": "ema-0.999"}.
+        warnings: What went otherwise than hoped for when it was read, in sentences.
+
+    Example:
+        >>> from reverie.models.builders import build
+        >>> from reverie.models.card import NetworkSpec
+        >>> card = Card(shape=(1, 8, 8), network=NetworkSpec(config={"in_channels": 1, "channels": [8, 8]}))
+        >>> Model(build(card), card).sample(2, steps=1).uint8.shape
+        torch.Size([2, 1, 8, 8])
+    """
+
+    def __init__(
+        self,
+        denoiser: NetworkDenoiser,
+        card: Card,
+        source: str | None = None,
+        origin: Mapping[str, str] | None = None,
+        warnings: Sequence[str] = (),
+    ) -> None:
+        self.denoiser, self.card, self.source = denoiser, card, source
+        self.origin, self.warnings = dict(origin or {}), tuple(warnings)
+        self._digest: tuple[tuple[object, ...], str] | None = None
+
+    def __repr__(self) -> str:
+        shape = "x".join(str(size) for size in self.card.shape)
+        return f"Model({self.card.network.name}, {self.parameters:,} parameters, {shape}, from {self.source})"
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return next(self.denoiser.network.parameters()).device
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers were trained."""
+        return sum(parameter.numel() for parameter in self.denoiser.network.parameters())
+
+    @property
+    def digest(self) -> str:
+        """The sha256 of the weights: their names, types, shapes and numbers, whatever file they came from."""
+        state = self.denoiser.network.state_dict()
+        version = tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in state.values())
+        if self._digest is None or self._digest[0] != version:
+            self._digest = version, weights_digest(state)
+        return self._digest[1]
+
+    def to(self, device: str | torch.device) -> "Model":
+        """Move the network to a device, and return the model itself."""
+        self.denoiser.to(device)
+        return self
+
+    def plan(self, n: int, **request: Any) -> SamplingPlan:
+        """Return what `sample` would do with the same arguments, without doing it.
+
+        Raises:
+            UsageError: Something is out of range, unknown, or would have no effect.
+        """
+        return make_plan(self.denoiser, self.card, n, **request)
+
+    def sample(
+        self,
+        n: int,
+        *,
+        seed: int | Sequence[int] = 0,
+        classes: int | str | Sequence[int | str] | None = None,
+        sampler: str | Sampler | None = None,
+        steps: int | None = None,
+        grid: str | Sequence[float] | Tensor | None = None,
+        guidance: float | None = None,
+        clip: bool | float | None = None,
+        threshold: float | None = None,
+        batch_size: int | None = None,
+        exact: bool = True,
+        dtype: str | torch.dtype | None = None,
+        intermediates: int | Sequence[int] = 0,
+        callback: Callable[[Progress], None] | None = None,
+        **options: Any,
+    ) -> "Samples":
+        """Draw samples. What is None comes from the card.
+
+        Arguments:
+            n: How many.
+            seed: The first one's seed, each further one's being one more; or the seed of each.
+            classes: The class of all, or of each, by name or index; None draws without a class.
+            sampler: A name in `samplers`, or a sampler.
+            steps: How often the sampler steps: exactly so many.
+            grid: A name in `grids`, or times in (0, 1], or a table's timesteps, decreasing.
+            guidance: w of classifier-free guidance: 0 ignores the class, 1 asks for it, more insists.
+            clip: The limit that x_0 is kept within; True for 1, False for none.
+            threshold: Dynamic thresholding: the quantile of |x_0| that is scaled back to the limit.
+            batch_size: How many go through the steps together: memory against speed, nothing else.
+            exact: A sample's bits depend on the model, its seed and these settings alone, not on n, on
+                batch_size or on its neighbours (on a CPU, at one number of threads).
+            dtype: What the network computes in: float32 or bfloat16.
+            intermediates: Keep so many states on the way, evenly spaced, or those after the steps listed.
+            callback: Called after every step; what it raises ends the sampling.
+            options: The sampler's own options, such as eta for ddim and variance for ddpm, and the grid's.
+
+        Raises:
+            UsageError: Something is out of range, unknown, or would have no effect.
+            NonFiniteError: A step gave NaN or infinity.
+            OutOfMemoryError: There is not enough memory.
+        """
+        plan = self.plan(
+            n, seed=seed, classes=classes, sampler=sampler, steps=steps, grid=grid, guidance=guidance, clip=clip,
+            threshold=threshold, batch_size=batch_size, exact=exact, dtype=dtype, intermediates=intermediates,
+            **options,
+        )  # fmt: skip
+        return self.execute(plan, callback)
+
+    def execute(self, plan: SamplingPlan, callback: Callable[[Progress], None] | None = None) -> "Samples":
+        """Carry out a plan that `plan` made."""
+        x, passed = execute(self.denoiser, plan, callback)
+        labels = None if plan.labels is None else torch.tensor(plan.labels)
+        images = x.clamp(-1, 1) if self.card.kind == "image" else x
+        return Samples(images, torch.tensor(plan.seeds), labels, self.record(plan), passed)
+
+    def record(self, plan: SamplingPlan) -> dict[str, Any]:
+        """Return all that it takes to make the samples of a plan again, as JSON holds it."""
+        data = self.card.data
+        return {
+            "format": RECORD_FORMAT,
+            "model": {"source": self.source, "sha256": self.digest, **self.origin},
+            "data": {"name": data.name, "fingerprint": data.fingerprint} if data else None,
+            "n": plan.n,
+            "seeds": list(plan.seeds),
+            "classes": self.class_names(plan.labels),
+            **plan.settings(),
+            "device": self.device.type,
+            "threads": torch.get_num_threads(),
+            "torch": str(torch.__version__),
+            "reverie": reverie.__version__,
+        }
+
+    def class_names(self, labels: Sequence[int] | None) -> list[str | None] | None:
+        """Return the names of labels, None for no class; None for a model without classes."""
+        if labels is None:
+            return None
+        return [self.card.classes[label] if label < len(self.card.classes) else None for label in labels]
+
+
+def weights_digest(state: Mapping[str, Tensor]) -> str:
+    """Return the sha256 of tensors by name, in the order of their names.
+
+    Example:
+        >>> weights_digest({"a": torch.zeros(2), "b": torch.ones(1)})[:10]
+        '0220c8c34f'
+    """
+    total = sha256()
+    for name in sorted(state):
+        tensor = state[name].detach()
+        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        total.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return total.hexdigest()
+
+
+# Samples --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What a model drew.
+
+    Arguments:
+        images: The samples (n, C, H, W), in [-1, 1]; of a model of points (n, D).
+        seeds: Each one's seed (n,).
+        labels: Each one's label (n,); None for a model without classes.
+        record: All that it takes to make them again, as JSON holds it.
+        intermediates: Where they were on the way.
+    """
+
+    images: Float[Tensor, "n ..."]
+    seeds: Int64[Tensor, " n"]
+    labels: Int64[Tensor, " n"] | None
+    record: dict[str, Any]
+    intermediates: tuple[Intermediate, ...] = field(default=())
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def uint8(self) -> UInt8[Tensor, "n c h w"]:
+        """The samples as bytes (n, C, H, W)."""
+        if self.images.ndim != 4:
+            raise UsageError(f"these samples are points of {tuple(self.images.shape[1:])}, and no pictures")
+        return to_uint8(self.images)
+
+    def class_of(self, i: int) -> str | None:
+        """Return the name of sample i's class."""
+        names = self.record["classes"]
+        return names[i] if names else None
+
+    def record_of(self, i: int) -> dict[str, Any]:
+        """Return all that it takes to make sample i again, alone."""
+        names = self.record["classes"]
+        return self.record | {"n": 1, "seeds": [int(self.seeds[i])], "classes": [names[i]] if names else None}
+
+    def pil(self) -> list[Image.Image]:
+        """Return the samples as Pillow's images."""
+        return [to_pil(image) for image in self.uint8]
+
+
+def to_uint8(images: Float[Tensor, "*d"]) -> UInt8[Tensor, "*d"]:
+    """Return images in [-1, 1] as bytes: 127.5 x + 127.5, rounded.
+
+    Raises:
+        NonFiniteError: A number is NaN or infinite: no byte stands for it.
+
+    Example:
+        >>> to_uint8(torch.tensor([-1.0, 0.0, 1.0, 1.2])).tolist()
+        [0, 128, 255, 255]
+    """
+    if bad := int((~images.isfinite()).sum()):
+        raise NonFiniteError(f"{bad} of the {images.numel()} numbers of the images are not finite; nothing was written")
+    return (127.5 * images + 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def to_pil(image: UInt8[Tensor, "c h w"]) -> Image.Image:
+    """Return a picture (C, H, W) as Pillow's: grey, grey and alpha, RGB or RGBA."""
+    mode = MODES.get(image.shape[0])
+    if mode is None:
+        raise UsageError(f"a picture of {image.shape[0]} channels is no grey, RGB or RGBA one; take `images` instead")
+    pixels = image.cpu().permute(1, 2, 0).contiguous().numpy()
+    return Image.fromarray(pixels[..., 0] if mode == "L" else pixels, mode)

@@ -1,0 +1,439 @@
+"""What is asked of a model, settled in every detail and checked, before anything is computed."""
+
+import inspect
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, fields
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from reverie.base.errors import UsageError
+from reverie.base.randomness import MAX_SEED
+from reverie.base.registry import nearest
+from reverie.diffusion.denoisers import NetworkDenoiser
+from reverie.diffusion.grids import from_times, from_timesteps
+from reverie.diffusion.registry import grids, samplers
+from reverie.diffusion.samplers.base import Sampler
+from reverie.diffusion.schedules import Schedule, Table
+from reverie.models.card import Card
+
+# Rows of a network call in exact mode: as many as make BUCKET_PIXELS pixels, a power of two, MAX_ROWS at
+# most. Changing either changes the last bits of every picture.
+BUCKET_PIXELS = 8192
+MAX_ROWS = 32
+
+BATCH_NUMBERS = 1 << 20  # numbers of a batch where no batch size is asked for
+MAX_SAMPLES = 10_000_000
+DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SETTINGS = (
+    "seed",
+    "classes",
+    "sampler",
+    "steps",
+    "grid",
+    "guidance",
+    "clip",
+    "threshold",
+    "batch_size",
+    "exact",
+    "dtype",
+)
+
+
+def bucket_rows(shape: Sequence[int]) -> int:
+    """Return how many rows a network call has in exact mode, for samples of that shape.
+
+    Example:
+        >>> bucket_rows((1, 8, 8)), bucket_rows((3, 32, 32)), bucket_rows((3, 256, 256)), bucket_rows((2,))
+        (32, 8, 1, 32)
+    """
+    pixels = math.prod(shape[1:])
+    rows = min(max(BUCKET_PIXELS // pixels, 1), MAX_ROWS)
+    return 1 << (rows.bit_length() - 1)
+
+
+# The plan -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SamplingPlan:
+    """What will run, settled in every detail.
+
+    Arguments:
+        shape: The shape of one sample.
+        seeds: The seed of each sample.
+        labels: The label of each; None for a model without classes.
+        null_label: The label for no class, where there is one.
+        sampler_name: The sampler's name in the registry.
+        sampler: The sampler.
+        grid_name: The grid's name; "times" for one that was given as such.
+        grid_options: The grid's options.
+        grid: Its times (N + 1,), the last one 0.
+        guidance: w of classifier-free guidance; None where no class is asked for.
+        clip: The limit of x_0; None for none.
+        threshold: The quantile of dynamic thresholding; None for none.
+        dtype: The network's dtype; None for float32.
+        exact: Whether the bits of a sample are to depend on the model, the settings and its seed alone.
+        batch_size: Samples that go through the steps together.
+        kept: The steps after which the state is kept.
+    """
+
+    shape: tuple[int, ...]
+    seeds: tuple[int, ...]
+    labels: tuple[int, ...] | None
+    null_label: int | None
+    sampler_name: str
+    sampler: Sampler
+    grid_name: str
+    grid_options: dict[str, float | int]
+    grid: Float[Tensor, " n"]
+    guidance: float | None
+    clip: float | None
+    threshold: float | None
+    dtype: torch.dtype | None
+    exact: bool
+    batch_size: int
+    kept: tuple[int, ...] = ()
+
+    @property
+    def n(self) -> int:
+        """How many samples."""
+        return len(self.seeds)
+
+    @property
+    def steps(self) -> int:
+        """The steps that each sample takes."""
+        return len(self.grid) - 1
+
+    @property
+    def guided(self) -> bool:
+        """Whether each evaluation asks the network twice: with the class and without."""
+        return self.guidance is not None and self.guidance not in (0.0, 1.0)
+
+    @property
+    def evaluations(self) -> int:
+        """How often the network looks at each sample."""
+        return self.steps * self.sampler.evaluations * (2 if self.guided else 1)
+
+    @property
+    def bucket(self) -> int | None:
+        """The rows of each network call; None where they are free."""
+        return bucket_rows(self.shape) if self.exact else None
+
+    @property
+    def batches(self) -> int:
+        """How many batches the samples are drawn in."""
+        return math.ceil(self.n / self.batch_size)
+
+    def sentence(self) -> str:
+        """Return what will run, in a sentence.
+
+        Example:
+            "16 samples of 1x8x8: ddim (eta 0.0), 50 steps on trailing, guidance 2.0: 100 evaluations each"
+        """
+        options = ", ".join(f"{name} {value}" for name, value in asdict(self.sampler).items())
+        words = f"{self.n} sample{'s' * (self.n != 1)} of {'x'.join(map(str, self.shape))}: {self.sampler_name}"
+        words += f" ({options})" if options else ""
+        words += f", {self.steps} step{'s' * (self.steps != 1)} on {self.grid_name}"
+        words += f", guidance {self.guidance}" if self.guidance is not None else ""
+        return f"{words}: {self.evaluations} evaluation{'s' * (self.evaluations != 1)} each"
+
+    def settings(self) -> dict[str, Any]:
+        """Return all that decides the samples beside the model, as JSON holds it."""
+        return {
+            "sampler": self.sampler_name,
+            "options": asdict(self.sampler) | self.grid_options,
+            "grid": self.grid[:-1].tolist() if self.grid_name == "times" else self.grid_name,
+            "steps": self.steps,
+            "guidance": self.guidance,
+            "clip": self.clip if self.clip is not None else False,
+            "threshold": self.threshold,
+            "dtype": next(name for name, dtype in DTYPES.items() if dtype == self.dtype),
+            "exact": self.exact,
+            # Free batches have bits of their own; in exact mode a batch's size decides nothing.
+            "batch_size": None if self.exact else self.batch_size,
+        }
+
+
+def make_plan(
+    denoiser: NetworkDenoiser,
+    card: Card,
+    n: int,
+    *,
+    seed: int | Sequence[int] = 0,
+    classes: int | str | Sequence[int | str] | None = None,
+    sampler: str | Sampler | None = None,
+    steps: int | None = None,
+    grid: str | Sequence[float] | Tensor | None = None,
+    guidance: float | None = None,
+    clip: bool | float | None = None,
+    threshold: float | None = None,
+    batch_size: int | None = None,
+    exact: bool = True,
+    dtype: str | torch.dtype | None = None,
+    intermediates: int | Sequence[int] = 0,
+    **options: Any,
+) -> SamplingPlan:
+    """Settle a request to a model; what is None comes from its card. `Model.sample` says what each means.
+
+    Raises:
+        UsageError: Something is out of range, unknown, or would have no effect.
+    """
+    defaults = card.sampling
+    options = {name: value for name, value in options.items() if value is not None}
+    seeds = settle_seeds(n, seed)
+    labels = settle_labels(card, len(seeds), classes)
+    sampler = defaults.sampler if sampler is None else sampler
+    grid = defaults.grid if grid is None else grid
+    check_options(options, sampler, grid)
+    rule = settle_sampler(denoiser, card, sampler, options)
+    chosen = settle_grid_options(card, grid, options)
+    times = settle_grid(denoiser.schedule, card, grid, steps, chosen)
+    quantile, limit = settle_clipping(card, clip, threshold)
+    return SamplingPlan(
+        shape=card.shape,
+        seeds=seeds,
+        labels=labels,
+        null_label=card.null_label if card.classes and card.unconditional else None,
+        sampler_name=sampler_name(rule),
+        sampler=rule,
+        grid_name=grid if isinstance(grid, str) else "times",
+        grid_options=chosen,
+        grid=times,
+        guidance=settle_guidance(card, classes is not None, guidance),
+        clip=limit,
+        threshold=quantile,
+        dtype=denoiser.dtype if dtype is None else settle_dtype(dtype),
+        exact=bool(exact),
+        batch_size=settle_batch_size(card, len(seeds), batch_size),
+        kept=settle_kept(intermediates, len(times) - 1),
+    )
+
+
+def whole(name: str, value: Any, least: int, most: int) -> int:
+    """Return a whole number that was asked for, having refused what is none or out of range."""
+    if isinstance(value, bool) or not hasattr(value, "__index__") or not least <= int(value) <= most:
+        raise UsageError(f"{name} is {value!r}; it must be a whole number in {least}..{most}")
+    return int(value)
+
+
+def finite(name: str, value: Any) -> float:
+    """Return a number that was asked for, having refused what is none or not finite."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise UsageError(f"{name} is {value!r}; it must be a finite number")
+    return float(value)
+
+
+def settle_seeds(n: int, seed: int | Sequence[int]) -> tuple[int, ...]:
+    """Return the seed of each sample: seed, seed + 1, ... or those given."""
+    n = whole("n, the number of samples,", n, 1, MAX_SAMPLES)
+    if isinstance(seed, Sequence) and not isinstance(seed, str):
+        if len(seed) != n:
+            raise UsageError(f"there are {len(seed)} seeds for {n} samples; give one for each, or a single one")
+        return tuple(whole("a seed", s, 0, MAX_SEED) for s in seed)
+    first = whole("seed", seed, 0, MAX_SEED)
+    if first + n - 1 > MAX_SEED:
+        raise UsageError(f"seed is {first}; with n = {n} it must be at most {MAX_SEED - n + 1}")
+    return tuple(range(first, first + n))
+
+
+def settle_labels(card: Card, n: int, classes: int | str | Sequence[int | str] | None) -> tuple[int, ...] | None:
+    """Return the label of each sample; None for a model without classes."""
+    if not card.classes:
+        if classes is not None:
+            raise UsageError(f"class {classes!r} was asked for, but this model has no classes; leave it out")
+        return None
+    if classes is None:
+        if not card.unconditional:
+            raise UsageError(f"this model needs a class, one of {names(card)}")
+        return (card.null_label,) * n
+    if isinstance(classes, Sequence) and not isinstance(classes, str):
+        if len(classes) != n:
+            raise UsageError(f"there are {len(classes)} classes for {n} samples; give one for each, or a single one")
+        return tuple(find_class(card, value) for value in classes)
+    return (find_class(card, classes),) * n
+
+
+def find_class(card: Card, value: int | str) -> int:
+    """Return the label of a class given by its name or its index.
+
+    Raises:
+        UsageError: There is none; the message lists those there are.
+    """
+    if isinstance(value, str) and value in card.classes:
+        return card.classes.index(value)
+    index = int(value) if isinstance(value, str) and value.isascii() and value.isdigit() else value
+    if hasattr(index, "__index__") and not isinstance(index, bool | str) and 0 <= int(index) < len(card.classes):
+        return int(index)
+    hint = nearest(value, card.classes) if isinstance(value, str) else ""
+    raise UsageError(f"there is no class {value!r}{hint} (known: {names(card)})")
+
+
+def names(card: Card, shown: int = 20) -> str:
+    """Return the names of a card's classes, the first of them if they are many."""
+    more = f" and {len(card.classes) - shown} more" if len(card.classes) > shown else ""
+    return ", ".join(card.classes[:shown]) + more
+
+
+def settle_guidance(card: Card, asked: bool, guidance: float | None) -> float | None:
+    """Return w, or None where there is no class to guide to."""
+    if guidance is None:
+        return (card.sampling.guidance if card.unconditional else 1.0) if asked else None
+    w = finite("guidance", guidance)
+    if not card.classes:
+        raise UsageError(f"guidance is {w}, but this model has no classes to guide to; leave it out")
+    if not asked:
+        raise UsageError(f"guidance is {w}, but no class is asked for; name one, or leave guidance out")
+    if w != 1 and not card.unconditional:
+        raise UsageError(f"guidance is {w}, but this model has no label for no class; only 1 is possible")
+    return w
+
+
+def settle_clipping(
+    card: Card, clip: bool | float | None, threshold: float | None
+) -> tuple[float | None, float | None]:
+    """Return the quantile of dynamic thresholding and the limit of x_0, each None for none."""
+    if clip is None and threshold is None:
+        clip, threshold = card.sampling.clip, card.sampling.threshold
+    if clip is None:
+        clip = card.kind == "image" or threshold is not None
+    limit = 1.0 if clip is True else None if clip is False else finite("clip", clip)
+    if limit is not None and limit <= 0:
+        raise UsageError(f"clip is {limit}; it must be positive (the limit of x_0), or False")
+    if threshold is None:
+        return None, limit
+    quantile = finite("threshold", threshold)
+    if not 0 < quantile <= 1:
+        raise UsageError(f"threshold is {quantile}; it is a quantile and must lie in (0, 1]")
+    if limit is None:
+        raise UsageError(f"threshold is {quantile}, but clip is off; thresholding needs the limit that clip gives")
+    return quantile, limit
+
+
+def settle_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
+    """Return the network's dtype; None is float32."""
+    name = str(dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        raise UsageError(f"dtype is {name!r}; it must be one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def settle_batch_size(card: Card, n: int, batch_size: int | None) -> int:
+    """Return how many samples go together: as asked, or what a million numbers allow, in whole buckets."""
+    if batch_size is not None:
+        return min(whole("batch_size", batch_size, 1, MAX_SAMPLES), n)
+    rows = bucket_rows(card.shape)
+    return min(n, max(rows, min(64, BATCH_NUMBERS // math.prod(card.shape)) // rows * rows))
+
+
+def settle_kept(intermediates: int | Sequence[int], steps: int) -> tuple[int, ...]:
+    """Return the steps after which the state is kept: those given, or so many, evenly spaced, the last among them."""
+    if isinstance(intermediates, Sequence):
+        return tuple(sorted({whole("a step in intermediates", k, 1, steps) for k in intermediates}))
+    count = whole("intermediates", intermediates, 0, steps)
+    return tuple(steps * (i + 1) // count for i in range(count))
+
+
+# Samplers and grids, with their options -------------------------------------------------------------
+
+
+def sampler_options(sampler: type[Sampler] | Sampler) -> dict[str, Any]:
+    """Return a sampler's options and their defaults.
+
+    Example:
+        >>> sampler_options(samplers["ddim"])
+        {'eta': 0.0}
+    """
+    return {
+        field.name: field.default_factory() if field.default_factory is not MISSING else field.default
+        for field in fields(sampler)
+        if field.init
+    }
+
+
+def grid_options(grid: str | Sequence[float] | Tensor) -> list[str]:
+    """Return the names of a grid's options: what its function takes beside the schedule and the steps.
+
+    Example:
+        >>> grid_options("karras"), grid_options([1.0, 0.5])
+        (['rho'], [])
+    """
+    return list(inspect.signature(grids[grid]).parameters)[2:] if isinstance(grid, str) else []
+
+
+def check_options(options: Mapping[str, Any], sampler: str | Sampler, grid: str | Sequence[float] | Tensor) -> None:
+    """Refuse an option that neither the sampler nor the grid would look at."""
+    named = isinstance(sampler, str)
+    own = list(sampler_options(samplers[sampler] if isinstance(sampler, str) else sampler))
+    times = grid_options(grid)
+    for name in options:
+        if name in own and not named:
+            raise UsageError(f"{name} is given beside a sampler that has its own; name the sampler, or leave it out")
+        if name not in (*own, *times):
+            takes = f"sampler {sampler if isinstance(sampler, str) else sampler_name(sampler)} "
+            takes += f"takes {', '.join(own) or 'no options'}"
+            takes += f", grid {grid} {', '.join(times)}" if times else ""
+            others = [other for other in samplers if name in sampler_options(samplers[other])]
+            hint = f": it belongs to {', '.join(others)}" if others else nearest(name, [*SETTINGS, *own, *times])
+            raise UsageError(f"{name} has no effect here{hint} ({takes})")
+
+
+def settle_sampler(denoiser: NetworkDenoiser, card: Card, sampler: str | Sampler, asked: Mapping[str, Any]) -> Sampler:
+    """Return the sampler, with the options that are asked for and the model's own where none are."""
+    rule = sampler if isinstance(sampler, Sampler) else named_sampler(denoiser, card, sampler, asked)
+    if getattr(rule, "variance", None) == "learned" and not denoiser.learned_variance:
+        raise UsageError("variance is 'learned', but this model learned none; use small or large")
+    return rule
+
+
+def named_sampler(denoiser: NetworkDenoiser, card: Card, name: str, asked: Mapping[str, Any]) -> Sampler:
+    """Return the sampler of that name: what a model has learned is its default, then what its card says."""
+    preferred: dict[str, Any] = {"variance": "learned"} if denoiser.learned_variance else {}
+    preferred |= card.sampling.options if name == card.sampling.sampler else {}
+    known = sampler_options(samplers[name])
+    chosen = {option: value for option, value in {**preferred, **asked}.items() if option in known}
+    try:
+        rule: Sampler = samplers[name](**chosen)
+    except TypeError as error:
+        raise UsageError(f"sampler {name} does not take {chosen}: {error}") from None
+    return rule
+
+
+def settle_grid_options(card: Card, grid: Any, asked: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the grid's options that are asked for, and the model's own where none are."""
+    known = grid_options(grid)
+    preferred = card.sampling.options if grid == card.sampling.grid else {}
+    return {name: value for name, value in {**preferred, **asked}.items() if name in known}
+
+
+def sampler_name(sampler: Sampler) -> str:
+    """Return a sampler's name in the registry; that of its class where it has none there."""
+    return next((name for name in samplers if samplers[name] is type(sampler)), type(sampler).__name__)
+
+
+def settle_grid(
+    schedule: Schedule,
+    card: Card,
+    grid: str | Sequence[float] | Tensor,
+    steps: int | None,
+    options: Mapping[str, Any],
+) -> Float[Tensor, " n"]:
+    """Return the times (N + 1,): of a grid by name, or the times or timesteps given."""
+    if isinstance(grid, str):
+        most = schedule.timesteps if isinstance(schedule, Table) else 1_000_000
+        count = min(card.sampling.steps, most) if steps is None else whole("steps", steps, 1, most)
+        try:
+            return grids[grid](schedule, count, **options)
+        except TypeError as error:
+            raise UsageError(f"grid {grid} does not take {dict(options)}: {error}") from None
+    values: list[Any] = grid.tolist() if isinstance(grid, Tensor) else list(grid)
+    if not values:
+        raise UsageError("grid holds no times; give a name, or times in (0, 1], or a table's timesteps, decreasing")
+    integers = all(isinstance(value, int) and not isinstance(value, bool) for value in values)
+    times = from_timesteps(schedule, values) if integers else from_times([finite("a time", t) for t in values])
+    if steps is not None and steps != len(times) - 1:
+        raise UsageError(f"steps is {steps}, but the grid has {len(times) - 1}; leave steps out")
+    return times

@@ -1,0 +1,337 @@
+"""How a picture was made, in the picture itself.
+
+A PNG of reverie's has two text chunks: `parameters`, in the form that AUTOMATIC1111 made common and that
+other programs read, and `reverie`, a JSON object with everything that it takes to make the picture again.
+Pictures of other programs are read as far as to print what they say.
+
+References:
+    Portable Network Graphics, textual information
+    https://www.w3.org/TR/png/#11textinfo
+"""
+
+import json
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from PIL import Image, UnidentifiedImageError
+from pydantic import Field, ValidationError
+
+import reverie
+from reverie.base.errors import DataError, ModelFileError, UsageError
+from reverie.base.randomness import MAX_SEED
+from reverie.models.card import Name, Number, Part, sentence
+from reverie.models.formats.run_folder import CHECKPOINTS
+from reverie.models.load import load
+from reverie.models.model import RECORD_FORMAT, Model, Samples
+from reverie.models.sampling import Progress
+
+OWN, COMMON = "reverie", "parameters"
+# Another program's chunk, and the program.
+OTHERS = {
+    "invokeai_metadata": "InvokeAI",
+    "sd-metadata": "InvokeAI",
+    "Dream": "InvokeAI",
+    "prompt": "ComfyUI",
+    "workflow": "ComfyUI",
+}
+MAX_THREADS = 256
+PAIR = re.compile(r'\s*([\w +/-]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
+
+
+# The record -----------------------------------------------------------------------------------------
+
+
+class ModelRecord(Part):
+    """Which model: the path as it was given, and what of it, by its weights' sha256."""
+
+    source: Annotated[str, Field(max_length=4096)] | None
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    checkpoint: Name | None = None
+    weights: Name | None = None
+
+
+class DataName(Part):
+    """Which data the model was trained on."""
+
+    name: Name
+    fingerprint: Name
+
+
+class Record(Part):
+    """All that it takes to make pictures again: `Samples.record`, checked."""
+
+    format: Annotated[int, Field(ge=1, le=RECORD_FORMAT)]
+    model: ModelRecord
+    data: DataName | None
+    n: Annotated[int, Field(ge=1)]
+    seeds: tuple[Annotated[int, Field(ge=0, le=MAX_SEED)], ...]
+    classes: tuple[Name | None, ...] | None
+    sampler: Name
+    options: dict[Name, Number | Name]
+    grid: Name | Annotated[tuple[float, ...], Field(max_length=1_000_000)]
+    steps: Annotated[int, Field(ge=1, le=1_000_000)]
+    guidance: float | None
+    clip: bool | float
+    threshold: float | None
+    dtype: Name
+    exact: bool
+    batch_size: int | None
+    device: Name
+    threads: Annotated[int, Field(ge=1)]
+    torch: Name
+    reverie: Name
+
+
+def parameters_text(record: dict[str, Any], size: tuple[int, int]) -> str:
+    """Return the record of one picture in AUTOMATIC1111's form.
+
+    Arguments:
+        record: The record of one sample.
+        size: Its width and height.
+    """
+    names, source = record["classes"], record["model"]["source"]
+    grid = record["grid"] if isinstance(record["grid"], str) else "times"
+    pairs = {
+        "Steps": record["steps"],
+        "Sampler": record["sampler"].upper(),
+        "Schedule type": grid.capitalize(),
+        "CFG scale": 1.0 if record["guidance"] is None else record["guidance"],
+        "Seed": record["seeds"][0],
+        "Size": f"{size[0]}x{size[1]}",
+        "Model hash": record["model"]["sha256"][:10],
+        "Model": Path(source).name if source else "unnamed",
+        "Version": f"reverie {record['reverie']}",
+    }
+    line = ", ".join(f"{name}: {quoted(str(value))}" for name, value in pairs.items())
+    prompt = " ".join((names[0] or "").split()) if names else ""
+    return f"{prompt}\n{line}".strip()
+
+
+def quoted(value: str) -> str:
+    """Return a value as it stands in a list of pairs: in quotes where it holds what parts them."""
+    return json.dumps(value, ensure_ascii=False) if set(value) & set(',:\n"') else value
+
+
+def parse_parameters(text: str) -> dict[str, str]:
+    """Return what AUTOMATIC1111's text says, by name.
+
+    Example:
+        >>> parse_parameters("a cat" + chr(10) + "Steps: 20, Seed: 1, Model: x")["Seed"]
+        '1'
+    """
+    *lines, last = text.strip().split("\n")
+    pairs = PAIR.findall(last)
+    if len(pairs) < 3:  # as that program has it: not a list of settings, but the prompt's last line
+        lines, pairs = [*lines, last], []
+    prompt, _, negative = "\n".join(lines).partition("Negative prompt:")
+    settings = {"prompt": prompt.strip(), "negative prompt": negative.strip()}
+    settings = {name: value for name, value in settings.items() if value}
+    for name, value in pairs:
+        settings[name.strip()] = unquoted(value.strip())
+    return settings
+
+
+def unquoted(value: str) -> str:
+    """Return a value without its quotes."""
+    if value.startswith('"'):
+        try:
+            return str(json.loads(value))
+        except ValueError:
+            return value
+    return value
+
+
+# Reading --------------------------------------------------------------------------------------------
+
+
+def read_chunks(path: Path | str) -> tuple[dict[str, str], tuple[int, int]]:
+    """Return a PNG's text chunks, those before its pixels, and its width and height. No pixel is decoded.
+
+    Raises:
+        UsageError: There is no such file.
+        DataError: It is no PNG, or is damaged.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UsageError(f"there is no picture {path}; check the path")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # its pixels stay where they are
+            with Image.open(path, formats=("PNG",)) as image:
+                texts = {str(name): str(value) for name, value in image.info.items() if isinstance(value, str)}
+                return texts, image.size
+    except UnidentifiedImageError:
+        raise DataError(
+            f"{path} is no PNG picture; the record of how a picture was made is in PNG files only"
+        ) from None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DataError(f"{path} cannot be read as a PNG: {str(error).splitlines()[0]}") from None
+
+
+def read_provenance(path: Path | str) -> dict[str, Any]:
+    """Return how a picture was made: the program, and its settings by name.
+
+    Arguments:
+        path: A PNG.
+
+    Returns:
+        {"program": ..., "settings": {...}, "size": [width, height]}, with program None where it says nothing.
+
+    Raises:
+        UsageError: There is no such file.
+        DataError: It is no PNG, or is damaged.
+    """
+    texts, size = read_chunks(path)
+    found: dict[str, Any] = {"program": None, "settings": {}, "size": list(size)}
+    if OWN in texts:
+        return found | {"program": "reverie", "settings": parse_record(texts[OWN], path).model_dump(mode="json")}
+    if COMMON in texts:
+        return found | {
+            "program": "AUTOMATIC1111, or one that writes as it does",
+            "settings": parse_parameters(texts[COMMON]),
+        }
+    for key, program in OTHERS.items():
+        if key in texts:
+            settings = {name: json_or_text(texts[name]) for name in OTHERS if name in texts}
+            return found | {"program": program, "settings": settings}
+    return found
+
+
+def json_or_text(text: str) -> Any:
+    """Return the value of JSON text; the text itself where it is none."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+
+
+def parse_record(text: str, path: Path | str) -> Record:
+    """Return the record in a picture's own chunk.
+
+    Raises:
+        DataError: It is damaged, or of a newer version.
+    """
+    try:
+        return Record.model_validate_json(text)
+    except ValidationError as error:
+        raise DataError(f"{path}: its record is damaged, or of a newer reverie: {sentence(error)}") from None
+
+
+# Making again ---------------------------------------------------------------------------------------
+
+
+def again(
+    path: Path | str,
+    model: Model | Path | str | None = None,
+    *,
+    device: str | None = None,
+    callback: Callable[[Progress], None] | None = None,
+) -> Samples:
+    """Make a picture again, from its own record: bit for bit, where it was made exactly.
+
+    Arguments:
+        path: A PNG that reverie wrote.
+        model: The model, or its path; the path in the record, where None.
+        device: Where to compute; as the record says, where None.
+        callback: Called after every step.
+
+    Raises:
+        UsageError: There is no such picture, or no model at the path in its record.
+        DataError: The picture has no record of reverie's.
+        ModelFileError: The model there is not the one that made it, by its weights' sha256.
+
+    Warns:
+        RuntimeWarning: This machine or installation differs from the one that made it, so that bits may too.
+    """
+    texts, _ = read_chunks(path)
+    if OWN not in texts:
+        raise DataError(f"{path} holds no record of reverie's (the text chunk {OWN!r}), so it can't be made again")
+    record = parse_record(texts[OWN], path)
+    if record.n != 1 or len(record.seeds) != 1:
+        raise DataError(f"{path}: its record is of {record.n} pictures, and a file holds one")
+    for line in differences(record):
+        warnings.warn(f"{path}: {line}, so the last bits may differ", RuntimeWarning, stacklevel=2)
+    found = model if isinstance(model, Model) else find_model(record, path, model, device or recorded_device(record))
+    if found.digest != record.model.sha256:
+        raise ModelFileError(
+            f"{found.source} is not the model that made {path}: its weights have the sha256 {found.digest[:10]}..., "
+            f"the record says {record.model.sha256[:10]}...; give the model that did"
+        )
+    with threads(record.threads):
+        samples = found.sample(1, **request(record), callback=callback)
+    origin = record.model.model_dump(exclude_none=True) | {"source": record.model.source}
+    samples.record["model"] = {
+        name: origin[name] for name in ("source", "sha256", "checkpoint", "weights") if name in origin
+    }
+    return samples
+
+
+def request(record: Record) -> dict[str, Any]:
+    """Return the arguments of `Model.sample` that a record stands for."""
+    return {
+        "seed": record.seeds[0],
+        "classes": record.classes[0] if record.classes else None,
+        "sampler": record.sampler,
+        "grid": record.grid if isinstance(record.grid, str) else list(record.grid),
+        "steps": record.steps,
+        "guidance": record.guidance,
+        "clip": record.clip,
+        "threshold": record.threshold,
+        "dtype": record.dtype,
+        "exact": record.exact,
+        "batch_size": record.batch_size,
+        **record.options,
+    }
+
+
+def recorded_device(record: Record) -> str:
+    """Return the device that a record names, or the CPU where that is not here."""
+    return "cuda" if record.device == "cuda" and torch.cuda.is_available() else "cpu"
+
+
+def differences(record: Record) -> Iterator[str]:
+    """Yield what is otherwise here than where a picture was made."""
+    if record.torch != str(torch.__version__):
+        yield f"made with torch {record.torch}, here is {torch.__version__}"
+    if record.reverie != reverie.__version__:
+        yield f"made with reverie {record.reverie}, here is {reverie.__version__}"
+    if record.device != recorded_device(record):
+        yield f"made on {record.device}, which is not here"
+    if not record.exact:
+        yield "made in free batches, not exactly"
+    if record.threads > MAX_THREADS:
+        yield f"made with {record.threads} threads, more than are tried here"
+
+
+def find_model(record: Record, path: Path | str, given: Path | str | None, device: str) -> Model:
+    """Return the model of a record: at the path given, or at its own, or the run's checkpoint that it names."""
+    source = str(given) if given is not None else record.model.source
+    if source is None:
+        raise UsageError(f"{path} was made by a model that came from no file; give the model")
+    if given is None and not Path(source).exists():
+        raise UsageError(f"{path} was made by the model {source}, which is not there; give the path of the model")
+    kept = record.model.weights
+    ema = None if kept is None else kept if kept.startswith("ema-") else "none"
+    checkpoint = Path(source) / CHECKPOINTS / (record.model.checkpoint or "")
+    if record.model.checkpoint and re.fullmatch(r"step-[\d-]+", record.model.checkpoint) and checkpoint.is_dir():
+        return load(checkpoint, device=device, ema=ema)
+    takes_ema = (Path(source) / CHECKPOINTS).is_dir()
+    return load(source, device=device, ema=ema if takes_ema else None)
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """A block in which torch computes with so many threads, on which the last bits depend."""
+    before = torch.get_num_threads()
+    if count != before and count <= MAX_THREADS:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        if torch.get_num_threads() != before:
+            torch.set_num_threads(before)

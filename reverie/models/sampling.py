@@ -1,0 +1,178 @@
+r"""From a plan to samples: the network in buckets, guided, clipped, and the one loop.
+
+A sample is a function of the model, of the plan's settings and of its own seed:
+
+    picture i of seed s  =  picture 0 of seed s + i,                                                (1)
+
+and of nothing else. Its noise is keyed by its seed; and where `exact` is asked for, its network call has
+a number of rows that depends on the model's shape alone, so that not one bit depends on how many samples
+are drawn, on the batch that it is drawn in, or on its neighbours there.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+
+from reverie.base.randomness import Noise
+from reverie.diffusion.denoisers import Clipped, Denoiser, FixedBatch, NetworkDenoiser, Thresholded
+from reverie.diffusion.guidance.classifier_free import ClassifierFree, Conditioned
+from reverie.diffusion.samplers.base import State, run, start
+from reverie.models.memory import check_memory, memory_errors
+from reverie.models.plan import SamplingPlan
+
+
+class Progress(NamedTuple):
+    """Where sampling is, after a step.
+
+    Arguments:
+        batch: Which batch, from 0.
+        step: How many steps it has taken.
+        done: Steps taken in all batches.
+        total: Steps to take in all.
+        state: Where its samples are; `state.x0` is a preview of them.
+    """
+
+    batch: int
+    step: int
+    done: int
+    total: int
+    state: State
+
+
+@dataclass(frozen=True)
+class Intermediate:
+    """Where the samples were on the way.
+
+    Arguments:
+        step: After which step.
+        t: The time then.
+        x: The noisy samples (n, *D).
+        x0: The estimate of the clean ones (n, *D).
+    """
+
+    step: int
+    t: float
+    x: Tensor
+    x0: Tensor
+
+
+def execute(
+    denoiser: NetworkDenoiser, plan: SamplingPlan, callback: Callable[[Progress], None] | None = None
+) -> tuple[Float[Tensor, "n ..."], tuple[Intermediate, ...]]:
+    """Carry out a plan.
+
+    Arguments:
+        denoiser: The model's.
+        plan: What to do.
+        callback: Called after every step; what it raises ends the sampling.
+
+    Returns:
+        The samples (n, *D), float32 on the CPU, and the intermediates that the plan keeps.
+
+    Raises:
+        NonFiniteError: A step gave NaN or infinity.
+        OutOfMemoryError: There is not enough memory.
+    """
+    device = next(denoiser.network.parameters(), torch.empty(0)).device
+    what, lower = f"{plan.n} samples of {plan.shape}", "n, the batch size, or the number of intermediates"
+    check_memory(memory_needed(plan), torch.device("cpu"), what, lower)
+    results, kept = [], []
+    with memory_errors(what, lower), evaluating(denoiser.network):
+        for batch in range(plan.batches):
+            first = batch * plan.batch_size
+            rows = range(first, min(first + plan.batch_size, plan.n))
+            watch = watcher(plan, batch, callback)
+            x, passed = draw(prepared(denoiser, plan, rows, device), plan, [plan.seeds[i] for i in rows], device, watch)
+            results.append(x)
+            kept.append(passed)
+        return torch.cat(results), tuple(joined(parts) for parts in zip(*kept, strict=True))
+
+
+def memory_needed(plan: SamplingPlan) -> int:
+    """Return the bytes that the samples take, at the least: results, what is kept, and the states of a batch."""
+    numbers = math.prod(plan.shape)
+    # A result is there in parts and joined; a batch has x, x0, eps, noise and what is made of them.
+    return 4 * numbers * (2 * plan.n * (1 + 2 * len(plan.kept)) + 6 * plan.batch_size)
+
+
+def watcher(
+    plan: SamplingPlan, batch: int, callback: Callable[[Progress], None] | None
+) -> Callable[[int, State], None] | None:
+    """Return what to call after each step of a batch."""
+    if callback is None:
+        return None
+    total = plan.batches * plan.steps
+    return lambda step, state: callback(Progress(batch, step, batch * plan.steps + step, total, state))
+
+
+@contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """A block in which a network has no dropout."""
+    training = network.training
+    network.eval()
+    try:
+        yield
+    finally:
+        network.train(training)
+
+
+def prepared(denoiser: NetworkDenoiser, plan: SamplingPlan, rows: Iterable[int], device: torch.device) -> Denoiser:
+    """Return the denoiser of some of a plan's samples: the network in buckets, guided, then clipped."""
+    core: Denoiser = NetworkDenoiser(
+        denoiser.network, denoiser.schedule, denoiser.prediction, denoiser.learned_variance, plan.dtype
+    )
+    if plan.bucket is not None:
+        core = FixedBatch(core, plan.bucket)
+    if plan.labels is not None:
+        core = conditioned(core, plan, torch.tensor([plan.labels[i] for i in rows], device=device))
+    if plan.threshold is not None and plan.clip is not None:
+        return Thresholded(core, plan.threshold, plan.clip)
+    return core if plan.clip is None else Clipped(core, plan.clip)
+
+
+def conditioned(denoiser: Denoiser, plan: SamplingPlan, labels: Int64[Tensor, " b"]) -> Denoiser:
+    """Return the denoiser with its labels (B,) bound to it, guided where that is asked for."""
+    if plan.null_label is None or plan.guidance is None or plan.guidance == 1:
+        return Conditioned(denoiser, {"label": labels})
+    nothing = {"label": torch.full_like(labels, plan.null_label)}
+    if plan.guidance == 0:
+        return Conditioned(denoiser, nothing)
+    return ClassifierFree(denoiser, {"label": labels}, nothing, plan.guidance)
+
+
+def draw(
+    denoiser: Denoiser,
+    plan: SamplingPlan,
+    seeds: Sequence[int],
+    device: torch.device,
+    watch: Callable[[int, State], None] | None,
+) -> tuple[Tensor, list[Intermediate]]:
+    """Return the samples (B, *D) of some seeds, on the CPU, and where they were on the way."""
+    noise = Noise(seeds)
+    first = moved(start(plan.sampler, denoiser.schedule, plan.shape, float(plan.grid[0]), noise), device)
+    kept = []
+    for step, state in enumerate(run(plan.sampler, denoiser, first, plan.grid, noise), start=1):
+        if step in plan.kept:
+            kept.append(Intermediate(step, float(plan.grid[step]), state.x.cpu(), state.x0.cpu()))
+        if watch is not None:
+            watch(step, state)
+    return state.x.cpu(), kept
+
+
+def moved(state: State, device: torch.device) -> State:
+    """Return a state on another device."""
+    memory = {name: value.to(device) for name, value in state.memory.items()}
+    return replace(
+        state, x=state.x.to(device), t=state.t.to(device), k=state.k.to(device), x0=state.x0.to(device), memory=memory
+    )
+
+
+def joined(parts: Sequence[Intermediate]) -> Intermediate:
+    """Return the intermediates of all batches after one step as one."""
+    return replace(parts[0], x=torch.cat([part.x for part in parts]), x0=torch.cat([part.x0 for part in parts]))
