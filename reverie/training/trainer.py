@@ -385,9 +385,10 @@ class Run:
         try:
             with self.averaged():
                 picture = preview(self.model, config.sample_count, config.sample_steps, config.seed)
+            path.parent.mkdir(exist_ok=True)
             write_file(path, png_bytes(picture))
             self.log.trackers.picture(self.progress.step, "samples", to_tensor(picture))
-        except (NonFiniteError, StorageError) as error:
+        except (NonFiniteError, OSError) as error:
             self.say(f"no samples at step {self.progress.step}: {error}")
 
     @contextmanager

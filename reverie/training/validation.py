@@ -28,7 +28,7 @@ def held_out_loss(
     labels: bool,
     device: torch.device,
     batch_size: int = 64,
-    most: int = 256,
+    most: int = 128,
 ) -> Float[Tensor, " n"]:
     """Return the mean squared error of the noise at each level (LEVELS,), on at most `most` held-out images.
 
