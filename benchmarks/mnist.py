@@ -42,7 +42,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import UInt8
-from peers import Outcome, Task, count_parameters, images_per_second, train_ddpm_pytorch, train_diffusers
+from peers import Outcome, Task, count_parameters, images_per_second, last_tenth, train_ddpm_pytorch, train_diffusers
 from report import machine, save_grid, table, versions
 from torch import Tensor
 
@@ -67,29 +67,29 @@ def train_ours(task: Task, images: Images) -> Outcome:
 
     told = {"batch_size": task.batch_size, "learning_rate": task.learning_rate, "warmup": task.warmup}
     settings: dict[str, Any] = {name: value for name, value in told.items() if value is not None}
+    # All the images, and no saving or sampling while the clock runs, as with the others; each step is timed.
     quiet = {"held_out": 0, "validate_every": 0, "sample_every": 0, "save_every": sys.maxsize, "log_every": 1}
+    source = str(Path(task.data) / "train-images-idx3-ubyte.gz")
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
-        source = str(Path(task.data) / "train-images-idx3-ubyte.gz")
         rv.train(data=source, out=str(run), minutes=task.minutes, seed=task.seed, labels=False, **quiet, **settings)
-        log = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         model = rv.load(run)
-        began = time.perf_counter()
-        samples = rv.sample(
-            model, task.samples, sampler="ddim", steps=task.sample_steps, seed=task.seed, batch_size=task.sample_batch
-        )
-        sample_seconds = (time.perf_counter() - began) / task.samples
-    steps = [line for line in log if "loss" in line]
+    steps = [line for line in lines if "seconds" in line]
     batch = steps[-1]["images"] // steps[-1]["step"]
+    began = time.perf_counter()
+    samples = rv.sample(
+        model, task.samples, sampler="ddim", steps=task.sample_steps, seed=task.seed, batch_size=task.sample_batch
+    )
     return Outcome(
         settings | {"batch_size": batch, "sampler": f"ddim, {task.sample_steps} steps"},
-        count_parameters(model.denoiser.network),
+        model.parameters,
         steps[-1]["step"],
         steps[-1]["seconds"],
         images_per_second([line["seconds"] for line in steps], batch),
-        float(np.mean([line["loss"] for line in steps[-max(1, len(steps) // 10) :]])),
-        sample_seconds,
-        samples,
+        last_tenth([line["loss"] for line in steps]),
+        (time.perf_counter() - began) / task.samples,
+        samples.uint8,
     )
 
 
