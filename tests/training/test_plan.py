@@ -1,0 +1,76 @@
+"""The plan: what is chosen from the data, and what does not fit it."""
+
+import pytest
+import torch
+
+from reverie.base.errors import UsageError
+from reverie.data import open_dataset
+from reverie.training.config import TrainConfig
+from reverie.training.plan import attending, choose_device, make_plan
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return open_dataset("digits")
+
+
+def plan(data, **settings):
+    return make_plan(TrainConfig(out="x", **({"device": "cpu"} | settings)), data)
+
+
+def test_the_networks_levels_follow_the_size(digits):
+    assert plan(digits).card.network.config["channels"] == [32, 64]
+    assert plan(open_dataset("shapes:32,count=4")).card.network.config["channels"] == [32, 64, 64]
+    assert plan(open_dataset("shapes:64,count=4")).card.network.config["channels"] == [32, 64, 64, 128]
+
+
+def test_attention_starts_at_sixteen_pixels():
+    assert attending(3, 28) == (False, True, False)
+    assert attending(2, 8) == (True, False)
+    assert attending(4, 64) == (False, False, True, False)
+    assert not any(attending(2, 512))
+
+
+def test_the_classes_are_the_datas_and_one_label_more(digits):
+    made = plan(digits)
+    assert made.labels
+    assert len(made.card.classes) == 10
+    assert made.card.network.config["num_class_embeds"] == 11
+    without = plan(digits, labels=False)
+    assert not without.labels
+    assert without.card.classes == ()
+    assert without.card.network.config["num_class_embeds"] is None
+
+
+def test_a_learned_variance_doubles_the_output(digits):
+    made = plan(digits, learned_variance=True, objective="hybrid")
+    assert made.card.network.config["out_channels"] == 2
+    assert made.card.learned_variance
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"schedule": "vp", "timesteps": 100}, "belong to a table"),
+        ({"schedule": "edm", "zero_snr": True}, "belong to a table"),
+        ({"schedule": "vp", "objective": "vlb"}, "needs a table"),
+        ({"zero_snr": True}, "has no meaning"),
+        ({"schedule": "flow"}, "has no meaning"),
+        ({"attention": (True, False, True)}, "names 3 levels"),
+    ],
+)
+def test_what_does_not_fit_is_refused(digits, settings, words):
+    with pytest.raises(UsageError, match=words):
+        plan(digits, **settings)
+
+
+def test_a_device_that_is_not_there_is_refused():
+    with pytest.raises(UsageError, match="no device 'tpu9'"):
+        choose_device("tpu9")
+    if not torch.cuda.is_available():
+        with pytest.raises(UsageError, match="sees no GPU"):
+            choose_device("cuda")
+
+
+def test_the_plan_speaks(digits):
+    assert any("1797 images of 8x8 grey, 10 classes" in line for line in plan(digits).lines())
