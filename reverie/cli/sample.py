@@ -1,0 +1,141 @@
+"""`reverie sample`: images from a model, each a PNG that says how it was made; or one of them made again."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import click
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from reverie.base.errors import StorageError, UsageError
+from reverie.base.registry import Registry
+from reverie.cli.console import emit, result
+from reverie.cli.options import Command, Option, flag, options, settle
+from reverie.diffusion.registry import grids, samplers
+
+MOST_SEED = 2**63 - 1
+
+
+def named(registry: Registry) -> Callable[[str | None], str | None]:
+    """Return a check that a name is in a registry, which asks for no import of what it names."""
+
+    def check(name: str | None) -> str | None:
+        if name is not None and name not in registry:
+            registry[name]  # says so, with the nearest
+        return name
+
+    return check
+
+
+def option(group: str, default: Any, help: str, **bounds: Any) -> Any:
+    """Return a field with its group and its help."""
+    return Field(default, description=help, json_schema_extra={"group": group}, **bounds)
+
+
+class SampleSettings(BaseModel):
+    """What `reverie sample` is told; None means: as the model's card says."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    n: int | None = option("what", None, "how many, of each class asked for; 16 if not said", ge=1, le=1_000_000)
+    class_: tuple[str, ...] = option("what", (), "classes by name or number, with commas or repeated; or all")
+    seed: int | None = option("what", None, "the first one's, each next being one more; -1 or nothing: a random one",
+                              ge=-1, le=MOST_SEED)  # fmt: skip
+    again: str | None = option("what", None, "a PNG of reverie's: make that picture again")
+
+    sampler: Annotated[str | None, AfterValidator(named(samplers))] = option(
+        "how", None, "sampler: " + ", ".join(samplers)
+    )
+    steps: int | None = option("how", None, "steps of the sampler", ge=1, le=1_000_000)
+    grid: Annotated[str | None, AfterValidator(named(grids))] = option("how", None, "time grid: " + ", ".join(grids))
+    times: tuple[int | float, ...] | None = option(
+        "how", None, "a grid of one's own: decreasing times in (0, 1], or a table's timesteps", max_length=100_000
+    )
+    eta: float | None = option("how", None, "ddim's share of noise", ge=0, le=1, allow_inf_nan=False)
+    variance: Literal["small", "large", "learned"] | None = option("how", None, "ddpm's variance")
+    guidance: float | None = option("how", None, "weight of the class: 1 is no guidance", allow_inf_nan=False)
+    clip: bool | None = option("how", None, "keep the estimate of the image within its range")
+    threshold: float | None = option("how", None, "dynamic thresholding at this quantile", gt=0, le=1)
+
+    out: str = option("where to", "outputs", "folder for the pictures; nothing in it is overwritten")
+    grid_picture: bool = option("where to", True, "write all on one sheet too")
+    animate: bool = option("where to", False, "write the denoising as an animation too")
+
+    batch_size: int | None = option("machine", None, "images at a time: memory against speed", ge=1, le=1_000_000)
+    fast: bool = option("machine", False, "let a picture's last bits depend on its batch")
+    device: str = option("machine", "auto", "auto, cpu, cuda or cuda:N")
+    dtype: Literal["float32", "bfloat16"] | None = option("machine", None, "the network's arithmetic")
+    threads: int | None = option("machine", None, "threads that compute; torch's own number", ge=1, le=1024)
+    ema: str | None = option("machine", None, "which averaged weights of a run, such as 0.999; none for the others")
+
+    @model_validator(mode="after")
+    def check(self) -> "SampleSettings":
+        """Refuse what does not go together."""
+        if self.times is not None and self.grid is not None:
+            raise ValueError("--times is a grid by itself; leave out --grid")
+        beside = sorted(self.model_fields_set - {"again", "out", "device"})
+        if self.again is not None and beside:
+            words = ", ".join(flag(name) for name in beside)
+            raise ValueError(
+                f"--again makes the picture as its record says, so {words} would have no effect; leave it out"
+            )
+        return self
+
+
+ALIASES = {
+    "n": ("--n", "--num-images", "--count"),
+    "class_": ("--classes", "--label"),
+    "seed": ("-s",),
+    "sampler": ("--sampling-method",),
+    "steps": ("--num-inference-steps",),
+    "grid": ("--spacing", "--scheduler", "--timestep-spacing"),
+    "guidance": ("--cfg-scale", "--guidance-scale"),
+    "out": ("-o", "--output", "--output-dir"),
+    "animate": ("--animation",),
+    "batch_size": ("-b",),
+    "threads": ("-t",),
+}
+
+
+@click.command(
+    cls=Command,
+    params=[
+        click.Argument(["model"], required=False),
+        *options(SampleSettings, ALIASES),
+        Option(["--json"], is_flag=True, help="Print one JSON object: files, seeds, settings.", group="where to"),
+    ],
+    lower="--batch-size",
+)
+def command(model: str | None, json: bool, **flags: Any) -> None:
+    """Make images with a model: a run, a checkpoint, a diffusers folder, a .safetensors file.
+
+    \b
+    reverie sample runs/digits -n 64 --class 7 --out sevens/
+    reverie sample runs/digits -n 4 --class all --guidance 2 --seed 0
+    reverie sample --again sevens/00003-seed12.png
+    """
+    settings = settle(SampleSettings, flags)
+    if settings.again is None and model is None:
+        raise UsageError(
+            "missing MODEL: name a run or a model, as in reverie sample runs/NAME; see reverie sample --help"
+        )
+    check_place(Path(settings.out))
+    from reverie.cli import drawing  # torch comes with it
+
+    made = drawing.sample(settings, str(model)) if settings.again is None else drawing.repeat(settings, model)
+    if json:
+        emit(made)
+    else:
+        result(
+            "\n".join(str(path) for path in (*made["files"], made.get("grid_picture"), made.get("animation")) if path)
+        )
+
+
+def check_place(folder: Path) -> None:
+    """Refuse a folder that cannot be written to, before hours go into what it was to hold."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise UsageError(f"--out {folder}: {there} is a file; choose another folder")
+    if not os.access(there, os.W_OK):
+        raise StorageError(f"--out {folder}: {there} can't be written to; choose another folder")
