@@ -91,6 +91,8 @@ def test_tensors_of_every_kind_survive_bit_for_bit(store):
         "transposed": weight[0, 0].T,
         "strided": weight[:, ::2],
         "expanded": torch.ones(1, 3).expand(4, 3),
+        "every other": torch.arange(7.0)[::2],
+        "one for all": torch.ones(1).expand(4),
         "channels_last": weight.to(memory_format=torch.channels_last),
         "scalar": torch.tensor(3.5),
         "empty": torch.zeros(0, 4),
@@ -571,6 +573,26 @@ def test_nothing_is_deleted_before_the_new_one_is_whole_and_in_place(tmp_path, m
         ("remove_folder", f".trash-step-00000001-{os.getpid()}"),
     ]
     assert min(len(good) for _, _, good in events) == 2
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="the names of open files are Linux's to tell")
+def test_each_thing_is_durable_before_the_next_begins(tmp_path, monkeypatch):
+    """Files, manifest last, then their folder, the rename, the parent; a deletion after all that."""
+    store = CheckpointStore(tmp_path, keep=2)
+    save(store, 1, 2)
+    events, fsync, rename = [], os.fsync, storage.rename
+
+    def spy(handle):
+        events.append(os.path.basename(os.readlink(f"/proc/self/fd/{handle}")))
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", spy)
+    monkeypatch.setattr(storage, "rename", lambda *paths: (events.append("rename"), rename(*paths)))
+    save(store, 3)
+    assert events == [
+        "model.safetensors", "ema-0.9999.safetensors", "state.json", "manifest.json",
+        f"step-00000003.tmp-{os.getpid()}", "rename", tmp_path.name, "rename",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("broken", ["rename", "remove_folder"])
