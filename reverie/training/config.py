@@ -5,7 +5,7 @@ told, its card.json what was chosen. No import of torch here, so that `reverie t
 """
 
 import math
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -105,7 +105,7 @@ class TrainConfig(BaseModel):
     track: tuple[Literal["tensorboard", "wandb"], ...] = option("reports", (), "trackers beside metrics.jsonl")
 
     @model_validator(mode="after")
-    def check(self) -> Self:
+    def check(self) -> "TrainConfig":
         """Refuse what does not go together, all at once."""
         wrong = list(self.contradictions())
         if wrong:
