@@ -5,7 +5,6 @@ read at all: what it adds to TOML (tags, anchors, aliases) is what has let files
 """
 
 import json
-import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,15 @@ MOST_DEPTH = 8
 MOST_BITS = 512
 MOST_DOTS = 200  # on a line: TOML's reader takes a time that grows with the square of a name's dots
 
-READERS: dict[str, Callable[[str], Any]] = {".toml": tomllib.loads, ".json": json.loads}
+
+def read_toml(text: str) -> dict[str, Any]:
+    """Return what TOML text says; its reader is imported when there is some to read."""
+    import tomllib
+
+    return tomllib.loads(text)
+
+
+READERS: dict[str, Callable[[str], Any]] = {".toml": read_toml, ".json": json.loads}
 
 
 def read_config(path: Path) -> dict[str, Any]:

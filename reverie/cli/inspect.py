@@ -24,6 +24,7 @@ def command(path: str, json: bool) -> None:
     from reverie.models.inspect import describe, describe_text
 
     found = describe(path)
-    emit(found) if json else result(describe_text(found))
+    if found.keys() > {"path", "kind", "problem"} or "problem" not in found:
+        emit(found) if json else result(describe_text(found))
     if "problem" in found:
         raise ModelFileError(str(found["problem"]))

@@ -6,9 +6,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner, Result
 
 from reverie.cli.main import cli
+from reverie.models.builders import build
+from reverie.models.card import Card, NetworkSpec, ScheduleSpec
+from reverie.models.formats import write_model
+from reverie.models.model import Model
 
 
 def tree(folder: Path) -> dict[str, bytes | None]:
@@ -56,3 +61,28 @@ def process(tmp_path):
         return subprocess.run(command, **{**settings, **options})
 
     return run
+
+
+def small_model(classes=(), seed=0):
+    """Return a tiny model with random weights that draws in a moment."""
+    config = {"in_channels": 1, "channels": [8, 8], "norm_num_groups": 4}
+    config |= {"num_class_embeds": len(classes) + 1} if classes else {}
+    schedule = ScheduleSpec(options={"timesteps": 100})
+    card = Card(shape=(1, 8, 8), network=NetworkSpec(config=config), classes=classes, schedule=schedule)
+    denoiser = build(card)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in denoiser.parameters():
+            if parameter.ndim > 1:
+                parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+    return Model(denoiser, card)
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory):
+    """Three models on the disk: plain, classes (cat, dog, emu), and other, which is plain with other weights."""
+    folder = tmp_path_factory.mktemp("models")
+    write_model(small_model(), folder / "plain")
+    write_model(small_model(("cat", "dog", "emu")), folder / "classes")
+    write_model(small_model(seed=1), folder / "other")
+    return folder
