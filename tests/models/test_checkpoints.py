@@ -756,14 +756,14 @@ print(json.dumps({"midway": midway, "step": step, "left": sorted(os.listdir(stor
 
 
 def test_kill_9_at_random_moments(tmp_path):
-    """24 processes that save in a loop, each killed somewhere: what was reported saved is there, and whole."""
+    """20 processes that save in a loop, each killed somewhere: what was reported saved is there, and whole."""
     done = subprocess.run(
-        [sys.executable, "-c", KILLED, str(tmp_path / "checkpoints"), "24"],
+        [sys.executable, "-c", KILLED, str(tmp_path / "checkpoints"), "20"],
         capture_output=True, text=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
-    assert result["midway"] >= 5, result  # the kills did hit saves
+    assert result["midway"] >= 4, result  # the kills did hit saves
     assert result["step"] >= 5, result  # and saves did finish
     assert result["left"] == [f"step-{result['step']:08d}", f"step-{result['step'] + 1:08d}"]
 
