@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from reverie.networks.layers import GroupNorm, Image, Linear, attention, linear, zeroed
+from reverie.networks.layers import GroupNorm, Image, Linear, Resized, SizeOf, attention, linear, zeroed
 
 Tokens = Float[Tensor, "b n c"]
 
@@ -30,7 +30,7 @@ def to_tokens(x: Image) -> Tokens:
     return x.permute(0, 2, 3, 1).flatten(1, 2)
 
 
-def to_image(tokens: Tokens, like: Image) -> Image:
+def to_image(tokens: Tokens, like: SizeOf) -> Resized:
     """Read tokens (B, H W, C) as an image in channels-last, of the height and width of another."""
     return tokens.unflatten(1, like.shape[2:]).permute(0, 3, 1, 2)
 
@@ -115,7 +115,7 @@ class Gate(nn.Module):
         super().__init__()
         self.proj = Linear(channels, 2 * hidden)
 
-    def forward(self, x: Tokens) -> Tokens:
+    def forward(self, x: Tokens) -> Float[Tensor, "b n hidden"]:
         hidden, gate = self.proj(x).chunk(2, -1)
         return hidden * F.gelu(gate)
 

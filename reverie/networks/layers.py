@@ -23,6 +23,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Real
 from torch import Tensor, nn
 
+from reverie.base.errors import UsageError
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "swish": F.silu,
@@ -32,6 +34,9 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 Image = Float[Tensor, "b c h w"]
+Resized = Float[Tensor, "b c h2 w2"]
+SizeOf = Float[Tensor, "b _ h2 w2"]  # an image of which only the size is looked at
+AnyImage = Float[Tensor, "b _ _ _"]
 Resample = Callable[[Tensor], Tensor]
 
 # Operators ------------------------------------------------------------------------------------
@@ -54,11 +59,20 @@ def group_norm(
         scale: What the normalised x is multiplied by, less one; it comes with a shift.
         shift: What is added then.
     """
+    dtype = x.dtype
+    if slow_backward(x):
+        x, weight, bias = x.float(), weight.float(), bias.float()
     # torch.group_norm is F.group_norm without its check for one value in a group, which a 1x1 image may have.
-    y = torch.group_norm(x, groups, weight, bias, eps)
+    y = torch.group_norm(x, groups, weight, bias, eps).to(dtype)
     if scale is not None and shift is not None:
         y = torch.addcmul(shift, y, 1 + scale)
     return ACTIVATIONS[act](y) if act else y
+
+
+def slow_backward(x: Tensor) -> bool:
+    """Whether an operator had better compute in float32: on the CPU the backward passes of norm (in
+    channels-last) and attention take two to four times as long in bfloat16, the casts included."""
+    return x.device.type == "cpu" and x.dtype == torch.bfloat16 and x.requires_grad
 
 
 def linear(
@@ -79,8 +93,7 @@ def attention(
         torch.Size([2, 5, 8])
     """
     dtype = q.dtype
-    if q.device.type == "cpu" and dtype == torch.bfloat16 and q.requires_grad:
-        # Its backward pass in bfloat16 takes several times as long on the CPU as in float32.
+    if slow_backward(q):
         q, k, v = q.float(), k.float(), v.float()
     q, k, v = (tokens.unflatten(-1, (heads, -1)).transpose(1, 2) for tokens in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2).to(dtype)
@@ -182,21 +195,39 @@ class TimeEmbedding(nn.Module):
         return self.linear_2(self.act(self.linear_1(features.to(self.linear_1.weight.dtype))))
 
 
+# Labels ---------------------------------------------------------------------------------------
+
+
+def checked(index: Tensor, table: nn.Embedding, what: str) -> Tensor:
+    """Return an index into a table's rows as int64, having refused one that has no row.
+
+    The look at the numbers costs a wait for a GPU, which checks for itself; there it is left out.
+
+    Raises:
+        UsageError: An index is not a whole number from 0 to the last row.
+    """
+    if index.device.type == "cpu" and not torch.compiler.is_compiling():
+        wrong = index[(index < 0) | (index >= table.num_embeddings) | (index != index.long())]
+        if len(wrong):
+            raise UsageError(f"{what} {wrong[0].item()} is not one of 0 .. {table.num_embeddings - 1}")
+    return index.long()
+
+
 # Resampling -----------------------------------------------------------------------------------
 # Any size n >= 1 is halved to ceil(n / 2), and the doubled image is cropped to the size it came from.
 
 
-def halve(x: Image) -> Image:
+def halve(x: Image) -> Resized:
     """Average 2x2 pixels, and those that there are at an odd edge."""
     return F.avg_pool2d(x, 2, ceil_mode=True)
 
 
-def double(x: Image) -> Image:
+def double(x: Image) -> Resized:
     """Repeat each pixel 2x2."""
     return F.interpolate(x, scale_factor=2.0, mode="nearest")
 
 
-def crop(x: Image, like: Image) -> Image:
+def crop(x: Image, like: SizeOf) -> Resized:
     """Cut x to the height and width of another image; no copy, and nothing to do where they agree."""
     height, width = like.shape[2:]
     return x if x.shape[2:] == like.shape[2:] else x[:, :, :height, :width]
@@ -215,7 +246,7 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=padding)
         self.padding = padding
 
-    def forward(self, x: Image) -> Image:
+    def forward(self, x: Image) -> Resized:
         if self.padding == 0:
             x = F.pad(x, (0, 1 + x.shape[3] % 2, 0, 1 + x.shape[2] % 2))
         return self.conv(x)
@@ -228,7 +259,7 @@ class Upsample(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
-    def forward(self, x: Image, like: Image) -> Image:
+    def forward(self, x: Image, like: SizeOf) -> Resized:
         """Double x and crop it to the size of `like`."""
         return self.conv(crop(double(x), like))
 
@@ -281,7 +312,7 @@ class ResidualBlock(nn.Module):
         if shortcut or in_channels != out_channels:
             self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1)
 
-    def forward(self, x: Image, emb: Float[Tensor, "b t"], like: Image | None = None) -> Image:
+    def forward(self, x: Image, emb: Float[Tensor, "b t"], like: SizeOf | None = None) -> AnyImage:
         """Return y; with a resampling, both branches are cropped to the size of `like` where it is given."""
         h = self.norm1(x, self.act)
         if self.resample is not None:

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from reverie.networks.layers import GroupNorm, Image, crop
+from reverie.networks.layers import AnyImage, GroupNorm, Image, Resized, crop
 from reverie.networks.unet_blocks import Block, Context, Embedding, residual, self_attention, up_widths
 from reverie.networks.unet_config import UNetConfig
 
@@ -34,13 +34,13 @@ def _kernel(x: Image) -> Tensor:
     return torch.outer(taps, taps).expand(x.shape[1], 1, 4, 4)
 
 
-def fir_halve(x: Image) -> Image:
+def fir_halve(x: Image) -> Resized:
     """Halve an image with the filter; an odd size is rounded up."""
     x = F.pad(x, (1, 1 + x.shape[3] % 2, 1, 1 + x.shape[2] % 2))
     return F.conv2d(x, _kernel(x), stride=2, groups=x.shape[1])
 
 
-def fir_double(x: Image) -> Image:
+def fir_double(x: Image) -> Resized:
     """Double an image with the filter."""
     return F.conv_transpose2d(x, 4 * _kernel(x), stride=2, padding=1, groups=x.shape[1])
 
@@ -70,8 +70,8 @@ class SkipDownBlock(Block):
             self.skip_conv = nn.Conv2d(config.in_channels, channels, 1)
 
     def forward(
-        self, x: Image, emb: Embedding, context: Context | None, skips: list[Tensor], image: Image
-    ) -> tuple[Image, Image]:
+        self, x: Image, emb: Embedding, context: Context | None, skips: list[Tensor], image: AnyImage
+    ) -> tuple[AnyImage, AnyImage]:
         for index in range(len(self.resnets)):
             x = self.layer(index, x, emb, context)
             skips.append(x)
@@ -103,15 +103,15 @@ class SkipUpBlock(Block):
             self.skip_norm = GroupNorm(groups_of(channels), channels, config.norm_eps)
             self.skip_conv = nn.Conv2d(channels, config.out_channels, 3, padding=1)
 
-    def _layer(self, index: int, x: Image, emb: Embedding, context: Context | None) -> Image:
+    def _layer(self, index: int, x: Image, emb: Embedding, context: Context | None) -> AnyImage:
         x = self.resnets[index](x, emb)
         if self.attentions is None or index < len(self.resnets) - 1:
             return x
         return self.attentions[0](x)
 
     def forward(
-        self, x: Image, emb: Embedding, context: Context | None, skips: list[Tensor], image: Image | None
-    ) -> tuple[Image, Image | None]:
+        self, x: Image, emb: Embedding, context: Context | None, skips: list[Tensor], image: AnyImage | None
+    ) -> tuple[AnyImage, AnyImage | None]:
         for index in range(len(self.resnets)):
             x = self.layer(index, torch.cat([x, skips.pop()], 1), emb, context)
         if image is not None:

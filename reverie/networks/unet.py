@@ -24,7 +24,7 @@ from jaxtyping import Float, Real
 from torch import Tensor, nn
 
 from reverie.base.errors import ModelFileError, UsageError
-from reverie.networks.layers import ACTIVATIONS, Fourier, GroupNorm, Sinusoids, TimeEmbedding, zeroed
+from reverie.networks.layers import ACTIVATIONS, Fourier, GroupNorm, Sinusoids, TimeEmbedding, checked, zeroed
 from reverie.networks.skip_blocks import SkipDownBlock, SkipUpBlock
 from reverie.networks.unet_blocks import Block, DownBlock, MiddleBlock, UpBlock
 from reverie.networks.unet_config import UNetConfig
@@ -178,21 +178,6 @@ class UNet(nn.Module):
             context.ndim != 3 or (len(context), context.shape[2]) != (count, config.context_dim)
         ):
             raise UsageError(f"context is {tuple(context.shape)}; it must be ({count}, L, {config.context_dim})")
-
-
-def checked(index: Tensor, table: nn.Embedding, what: str) -> Tensor:
-    """Return an index into a table's rows as int64, having refused one that has no row.
-
-    The look at the numbers costs a wait for a GPU, which checks for itself; there it is left out.
-
-    Raises:
-        UsageError: An index is not a whole number from 0 to the last row.
-    """
-    if index.device.type == "cpu" and not torch.compiler.is_compiling():
-        wrong = index[(index < 0) | (index >= table.num_embeddings) | (index != index.long())]
-        if len(wrong):
-            raise UsageError(f"{what} {wrong[0].item()} is not one of 0 .. {table.num_embeddings - 1}")
-    return index.long()
 
 
 # What attention and Fourier features were called in older checkpoints of diffusers.

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from reverie.networks.attention import SpatialAttention, SpatialTransformer
-from reverie.networks.layers import Downsample, Image, ResidualBlock, Upsample, double, halve
+from reverie.networks.layers import AnyImage, Downsample, Image, ResidualBlock, Upsample, double, halve
 from reverie.networks.unet_config import UNetConfig
 
 Embedding = Float[Tensor, "b t"]
@@ -81,13 +81,13 @@ class Block(nn.Module):
         self.attentions = None
         self.checkpointing = False
 
-    def layer(self, index: int, x: Image, emb: Embedding, context: Context | None) -> Image:
+    def layer(self, index: int, x: Image, emb: Embedding, context: Context | None) -> AnyImage:
         """Apply one residual block and its attention."""
         if self.checkpointing and torch.is_grad_enabled():
             return checkpoint(self._layer, index, x, emb, context, use_reentrant=False)
         return self._layer(index, x, emb, context)
 
-    def _layer(self, index: int, x: Image, emb: Embedding, context: Context | None) -> Image:
+    def _layer(self, index: int, x: Image, emb: Embedding, context: Context | None) -> AnyImage:
         x = self.resnets[index](x, emb)
         return x if self.attentions is None else self.attentions[index](x, context)
 
@@ -115,8 +115,8 @@ class DownBlock(Block):
             self.downsamplers = nn.ModuleList([down or Downsample(channels, config.downsample_padding)])
 
     def forward(
-        self, x: Image, emb: Embedding, context: Context | None, skips: list[Tensor], image: Image | None
-    ) -> tuple[Image, Image | None]:
+        self, x: Image, emb: Embedding, context: Context | None, skips: list[Tensor], image: AnyImage | None
+    ) -> tuple[AnyImage, AnyImage | None]:
         for index in range(len(self.resnets)):
             x = self.layer(index, x, emb, context)
             skips.append(x)
@@ -145,7 +145,7 @@ class MiddleBlock(Block):
                 middle = transformer(config, len(config.channels) - 1)
             self.attentions = nn.ModuleList([middle])
 
-    def forward(self, x: Image, emb: Embedding, context: Context | None) -> Image:
+    def forward(self, x: Image, emb: Embedding, context: Context | None) -> AnyImage:
         return self.resnets[1](self.layer(0, x, emb, context), emb)
 
 
@@ -171,8 +171,8 @@ class UpBlock(Block):
             self.upsamplers = nn.ModuleList([up or Upsample(channels)])
 
     def forward(
-        self, x: Image, emb: Embedding, context: Context | None, skips: list[Tensor], image: Image | None
-    ) -> tuple[Image, Image | None]:
+        self, x: Image, emb: Embedding, context: Context | None, skips: list[Tensor], image: AnyImage | None
+    ) -> tuple[AnyImage, AnyImage | None]:
         for index in range(len(self.resnets)):
             x = self.layer(index, torch.cat([x, skips.pop()], 1), emb, context)
         if self.upsamplers is not None:

@@ -12,7 +12,7 @@ References:
 
 from collections.abc import Mapping, Sequence
 from math import gcd
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -183,7 +183,7 @@ class UNetConfig(BaseModel):
     # Checks -----------------------------------------------------------------------------------
 
     @model_validator(mode="after")
-    def _settle(self) -> Self:
+    def _settle(self) -> "UNetConfig":
         """Fill in what follows from other settings, so that a config says what is built, and check it."""
         if "out_channels" not in self.model_fields_set:
             self.__dict__["out_channels"] = self.in_channels
@@ -238,7 +238,8 @@ class UNetConfig(BaseModel):
                 given = f"head_dim is {self.head_dim}" if self.head_dim else f"num_heads is {self.num_heads}"
                 return f"{given}, which does not fit a level of {channels} channels that attends"
         if self.time_embedding_type == "positional" and self.channels[0] // 2 <= self.freq_shift:
-            return f"the first level has {self.channels[0]} channels; sinusoids of the time need at least 4"
+            least = 2 * (self.freq_shift + 1)
+            return f"the first level has {self.channels[0]} channels; sinusoids of the time need at least {least}"
         return None
 
     def _without_effect(self) -> str | None:
@@ -474,23 +475,25 @@ def _conditional(settings: Mapping[str, Any], down: Sequence[str]) -> dict[str, 
     ours["downsample_type"] = ours["upsample_type"] = "conv"
     # What that class calls attention_head_dim is the number of heads.
     heads = settings["attention_head_dim"]
-    if not isinstance(heads, list | tuple) or (heads and all(n == heads[0] for n in heads)):
-        return {**ours, "num_heads": heads[0] if isinstance(heads, list | tuple) else heads}
+    if not isinstance(heads, list | tuple):
+        return {**ours, "num_heads": heads}
     attending = [kind.startswith("Cross") for kind in down]
     attending[-1:] = [attending[-1] or ours["middle"] == "attention"] if down else []
-    return {**ours, "head_dim": _head_width(heads, settings["block_out_channels"], attending)}
+    return ours | _heads(heads, settings["block_out_channels"], attending)
 
 
-def _head_width(heads: Sequence[Any], channels: Any, attending: Sequence[bool]) -> int:
-    """Return the one width of a head, from the number of heads at each level."""
+def _heads(heads: Sequence[Any], channels: Any, attending: Sequence[bool]) -> dict[str, int]:
+    """Return the one number of heads or the one width of a head, from the number of heads at each level."""
     if not isinstance(channels, list | tuple) or not len(heads) == len(channels) == len(attending):
         raise ModelFileError(f"attention_head_dim is {list(heads)}; it must be a number, or one for each level")
     if not all(isinstance(n, int) and n > 0 for n in (*heads, *channels)):
         raise ModelFileError(f"attention_head_dim is {list(heads)}; it must hold whole numbers above 0")
+    if len(set(heads)) == 1:
+        return {"num_heads": heads[0]}
     ratios = {c / h for c, h, attends in zip(channels, heads, attending, strict=True) if attends}
     if len(ratios) != 1 or not next(iter(ratios)).is_integer():
         raise ModelFileError(f"attention_head_dim is {list(heads)}; heads of different widths are not supported")
-    return int(ratios.pop())
+    return {"head_dim": int(ratios.pop())}
 
 
 def _single(settings: Mapping[str, Any], name: str) -> Any:
