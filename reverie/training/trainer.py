@@ -235,6 +235,8 @@ class Run:
                 progress.seconds = time.monotonic() - began
                 self.note(report, bar)
                 self.milestones()
+                while self.stop.notes:
+                    self.say(self.stop.notes.pop(0))
                 progress.seconds = time.monotonic() - began
         finally:
             stream.close()
