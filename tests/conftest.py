@@ -2,10 +2,11 @@
 
 import sys
 
+import pytest
 import torch
 from beartype import BeartypeConf, beartype
 from hypothesis import settings
-from jaxtyping import install_import_hook
+from jaxtyping import config, install_import_hook
 
 check = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int will do where a float is asked for, as for mypy
 
@@ -16,3 +17,11 @@ install_import_hook("reverie", "reverie_tests.check")
 torch.set_num_threads(1)
 settings.register_profile("reverie", derandomize=True, max_examples=25, deadline=None, database=None)
 settings.load_profile("reverie")
+
+
+@pytest.fixture
+def unchecked():
+    """Leave the checks of types out, to meet the message that a user meets."""
+    config.update("jaxtyping_disable", True)
+    yield
+    config.update("jaxtyping_disable", False)

@@ -58,7 +58,8 @@ def leading(schedule: Schedule, steps: int, offset: int = 0) -> Grid:
     if not isinstance(schedule, Table):
         if offset:
             raise UsageError(f"offset is {offset}; it counts a table's timesteps, and this schedule is no table")
-        return close(torch.arange(steps - 1, -1, -1) / steps * (1 - schedule.t_min) + schedule.t_min)
+        left = torch.arange(steps - 1, -1, -1, dtype=torch.float64) / steps
+        return close(left * (1 - schedule.t_min) + schedule.t_min)
     stride = schedule.timesteps // steps
     timesteps = torch.arange(steps - 1, -1, -1) * stride + offset
     if offset < 0 or timesteps[0] >= schedule.timesteps:
@@ -116,7 +117,7 @@ def ends(schedule: Schedule) -> tuple[float, float]:
     return start, end
 
 
-def from_log_snr(schedule: Schedule, log_snr: Grid) -> Grid:
+def from_log_snr(schedule: Schedule, log_snr: Float[Tensor, " m"]) -> Grid:
     """Return the grid (N + 1,) of increasing log_snr (N,), its ends moved to t_min and t = 1 exactly."""
     times = schedule.time(log_snr)
     times[-1] = schedule.t_min
