@@ -5,7 +5,6 @@
 """
 
 import errno
-import os
 import re
 import signal
 import traceback
@@ -17,6 +16,7 @@ import reverie
 from reverie.base.errors import ReverieError, Stopped
 from reverie.base.registry import nearest
 from reverie.cli.console import note, size
+from reverie.cli.machine import available
 
 STORAGE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO, errno.EACCES, errno.EPERM, errno.ESTALE}
 MEMORY = re.compile(r"can.?t allocate memory|cannot allocate memory|out of memory|bad_alloc|not enough memory", re.I)
@@ -98,23 +98,6 @@ def amount(asked: re.Match[str]) -> str:
     """Return the amount in an allocator's complaint for reading."""
     scale = {"bytes": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30}[asked[2].lower()]
     return size(float(asked[1]) * scale)
-
-
-def available() -> int:
-    """Return the bytes of memory that this process may still take, or 0 where the system doesn't say."""
-    try:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError, AttributeError):
-        return 0
-    try:
-        import resource
-
-        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
-        with open("/proc/self/statm") as file:
-            used = int(file.read().split()[0]) * resource.getpagesize()
-    except (ImportError, OSError, ValueError):
-        return free
-    return free if limit == resource.RLIM_INFINITY else max(0, min(free, limit - used))
 
 
 def storage(error: OSError) -> str:

@@ -78,6 +78,19 @@ def memory(meminfo: Path = Path("/proc/meminfo"), limit: Path = Path("/sys/fs/cg
     return min(total, most), min(free, most)
 
 
+def available() -> int:
+    """Return the bytes that this process may still take, within its own limit (ulimit -v); 0 where none is told."""
+    free = memory()[1]
+    try:
+        import resource
+
+        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    except (ImportError, OSError):
+        return free
+    return free if limit == resource.RLIM_INFINITY else max(0, min(free, limit - used))
+
+
 def compiler() -> str | None:
     """Return the C++ compiler that torch.compile would use, if there is one."""
     for name in (os.environ.get("CXX"), "g++", "clang++"):

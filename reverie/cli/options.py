@@ -198,12 +198,22 @@ def inner_metadata(annotation: Any) -> list[Any]:
 
 def ranged(metadata: Iterable[Any]) -> str:
     """Return a range in signs: 'x >= 1', '0 <= x < 1'."""
-    sides = {side: getattr(item, side) for item in metadata for side in ("gt", "ge", "lt", "le") if hasattr(item, side)}
+    sides = {
+        side: figure(getattr(item, side))
+        for item in metadata
+        for side in ("gt", "ge", "lt", "le")
+        if hasattr(item, side)
+    }
     low = next((f"{sides[side]} {sign} " for side, sign in (("gt", "<"), ("ge", "<=")) if side in sides), "")
     high = next((f" {sign} {sides[side]}" for side, sign in (("lt", "<"), ("le", "<=")) if side in sides), "")
     if low and not high:
-        return f"x {'>' if 'gt' in sides else '>='} {low.split()[0]}"
+        return f"x > {sides['gt']}" if "gt" in sides else f"x >= {sides['ge']}"
     return f"{low}x{high}" if high else ""
+
+
+def figure(value: Any) -> str:
+    """Return a bound for reading: 2^63 - 1 for the largest seed."""
+    return "2^63 - 1" if value == 2**63 - 1 else str(value)
 
 
 def counted(metadata: Iterable[Any]) -> str:

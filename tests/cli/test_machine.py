@@ -47,6 +47,15 @@ def test_memory_within_the_containers_limit(tmp_path):
     assert machine.memory(tmp_path / "none", limit) == (0, 0)
 
 
+def test_a_process_may_take_no_more_than_its_own_limit(monkeypatch):
+    import resource
+
+    monkeypatch.setattr(machine, "memory", lambda: (2**40, 2**39))
+    assert machine.available() in range(1, 2**39 + 1)
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (10, 10))
+    assert machine.available() == 0
+
+
 def test_hardware_of_this_machine(tmp_path):
     found = machine.hardware(tmp_path)
     assert found["cores"] >= 1

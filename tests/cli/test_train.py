@@ -220,9 +220,13 @@ def test_the_run_is_not_begun_twice_and_goes_on_when_asked(reverie, refused, tmp
     assert "batch_size is 8 there, 16 here" in outcome.stderr
 
 
-def test_refusals_of_the_trainer_make_nothing(refused):
+def test_refusals_of_the_trainer_make_nothing(refused, tmp_path):
     assert "nowhere" in refused(2, "train", "--data", "nowhere", "--out", "runs/a")[0]
-    assert "wandb" in refused(2, "train", *TINY, "--out", "runs/a", "--track", "wandb")[-1]
+    assert "no device 'warp'" in refused(2, "train", *TINY, "--out", "runs/a", "--device", "warp")[0]
+    assert "eps has no meaning" in refused(2, "train", *TINY, "--out", "runs/a", "--zero-snr")[0]
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letter.txt").write_text("mine")
+    assert "holds no run" in refused(2, "train", *TINY, "--out", "mine")[0]
 
 
 @pytest.mark.slow
