@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from reverie.cli import drawing
 from reverie.models.builders import build
 from reverie.models.card import Card, NetworkSpec
+from reverie.models.load import load
 from reverie.models.model import Model
 from reverie.models.pictures import read_provenance
 
@@ -126,6 +127,12 @@ def test_picture_i_of_a_seed_is_picture_0_of_the_seed_plus_i(made):
     assert [Path(a).read_bytes() for a in among] == [Path(a).read_bytes() for a in halves]
     assert (pixels(among[3]) == pixels(alone[0])).all()
     assert Path(among[3]).read_bytes() == Path(alone[0]).read_bytes()
+
+
+def test_the_library_draws_the_same(made, models):
+    files = made("-n", 3, "--seed", 2, "--class", "emu", "--sampler", "ddpm", "--guidance", 1.5)["files"]
+    samples = load(models / "classes").sample(3, seed=2, classes="emu", sampler="ddpm", guidance=1.5, steps=3)
+    assert [pixels(path).tolist() for path in files] == [image[0].tolist() for image in samples.uint8]
 
 
 def test_a_class_of_many_is_the_same_as_alone(made):

@@ -259,6 +259,23 @@ def test_training_goes_on_when_nobody_reads(tmp_path, reverie):
     assert json.loads(reverie("inspect", "runs/a", "--json").stdout)["training"]["steps"] == 30
 
 
+@pytest.mark.slow
+def test_two_runs_in_one_folder(tmp_path, refused, reverie):
+    """RELIABILITY 6, case 9: the second is told who is there; what a killed one left is taken over."""
+    child = started(tmp_path, "--out", "runs/a", *TINY, *QUIET, "--steps", 100_000, "--save-every", 5)
+    checkpoints = tmp_path / "runs" / "a" / "checkpoints"
+    wait_for(lambda: any(checkpoints.glob("step-00000??5")), child)
+    for words in ([], ["--resume"], ["--resume", "auto"]):
+        outcome = reverie("train", "--out", "runs/a", *TINY, *words)
+        assert outcome.exit_code == 2
+        assert f"in use by pid {child.pid}" in outcome.stderr
+        assert len(outcome.stderr.splitlines()) == 1
+    child.kill()
+    child.communicate()
+    outcome = reverie("train", "--out", "runs/a", "--resume", "--steps", 1)
+    assert outcome.exit_code == 0, outcome.stderr
+
+
 def wait_for(ready, child, seconds=90):
     """Wait until something is so, while a process lives."""
     end = time.monotonic() + seconds
