@@ -69,10 +69,10 @@ def commands(page: Path) -> Iterator[list[str]]:
 
 
 def test_the_textbooks_loop_learns_and_samples(tmp_path, monkeypatch):
-    """After 60 small steps the loss on fresh draws is well below that of the untrained network, which is 1."""
+    """After 20 small steps the loss on fresh draws is well below that of the untrained network, which is 1."""
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    code, count = re.subn(r"^steps, batch, T = .*$", "steps, batch, T = 60, 16, 10", named("textbook"), flags=re.M)
+    code, count = re.subn(r"^steps, batch, T = .*$", "steps, batch, T = 20, 8, 10", named("textbook"), flags=re.M)
     assert count == 1
     scope: dict = {}
     exec(code, scope)
@@ -81,7 +81,7 @@ def test_the_textbooks_loop_learns_and_samples(tmp_path, monkeypatch):
     x0, eps = images[:200], torch.randn(200, 1, 8, 8)
     with torch.no_grad():
         loss = (denoiser(rv.diffuse(schedule, x0, t, eps), t).eps - eps).square().mean().item()
-    assert loss < 0.75
+    assert loss < 0.7
     assert (tmp_path / "textbook.png").stat().st_size > 0
     assert scope["state"].x.shape == (16, 1, 8, 8)
     assert scope["state"].x.isfinite().all()
@@ -104,10 +104,9 @@ def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Path:
-    """A folder with the runs that the handbook's code speaks of."""
+    """A folder with the run that the handbook's code speaks of."""
     folder = tmp_path_factory.mktemp("handbook")
-    for name, data in (("digits", "digits"), ("shapes", "shapes:16,count=40")):
-        rv.train(data=data, out=str(folder / "runs" / name), **TINY)
+    rv.train(data="digits", out=str(folder / "runs" / "digits"), **TINY)
     return folder
 
 
