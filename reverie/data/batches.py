@@ -11,7 +11,7 @@ References:
 """
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from typing import NamedTuple
@@ -128,7 +128,7 @@ class Batches:
         """Return which positions (B,) are mirrored."""
         return torch.tensor([bool(generator(self.seed, "flip", int(p)).random() < 0.5) for p in positions])
 
-    def stream(self, start: int = 0) -> Iterator[Batch]:
+    def stream(self, start: int = 0) -> Generator[Batch, None, None]:
         """Yield the batches of steps start, start + 1, ... without end; close it to end its threads.
 
         An error while a batch is prepared is raised where that batch is due.
