@@ -81,8 +81,15 @@ def train_ours(task: Task, images: Images) -> Outcome:
     samples = rv.sample(
         model, task.samples, sampler="ddim", steps=task.sample_steps, seed=task.seed, batch_size=task.sample_batch
     )
+    chosen = {
+        "batch_size": batch,
+        "learning_rate": max(line["learning_rate"] for line in steps),
+        "prediction": model.card.prediction,
+        "schedule": model.card.schedule.name,
+        "sampler": f"ddim, {task.sample_steps} steps",
+    }
     return Outcome(
-        settings | {"batch_size": batch, "sampler": f"ddim, {task.sample_steps} steps"},
+        settings | chosen,
         model.parameters,
         steps[-1]["step"],
         steps[-1]["seconds"],

@@ -191,8 +191,9 @@ class WarmupCosine:
 
     def __call__(self, step: int) -> float:
         fraction = self.batches.fraction
-        if self.risen is None and step < self.steps and fraction < 0.1:
-            return step / self.steps
+        rise = max(step / self.steps if self.steps else 1.0, fraction / 0.1)
+        if self.risen is None and rise < 1:
+            return rise
         if self.risen is None:
             self.risen = min(fraction, 0.1)
         return 0.5 * (1 + math.cos(math.pi * (fraction - self.risen) / (1 - self.risen)))
