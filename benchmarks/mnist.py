@@ -285,6 +285,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         parser.error("--minutes, --threads, --sample-steps and --sample-batch must be above 0")
     if not 100 <= options.samples <= 10_000:
         parser.error("--samples must lie in 100..10000: below there is no distance to speak of")
+    for path in (options.json, options.cache):
+        if path and not path.parent.is_dir():
+            parser.error(f"{path}: there is no folder {path.parent}; make it first")
     if options.peer_batch_size is not None and options.peer_batch_size < 16:
         parser.error("--peer-batch-size must be at least 16: denoising-diffusion-pytorch refuses less")
     if options.peer_warmup is not None and "ddpm-pytorch" in options.only:
