@@ -132,9 +132,8 @@ def read_idx(path: Path) -> Tensor:
     try:
         raw = gzip.decompress(path.read_bytes())
     except (OSError, EOFError, zlib.error) as error:
-        raise DataError(
-            f"{path}: not readable ({error}); pass the folder of MNIST's four .gz files as --data"
-        ) from None
+        why = getattr(error, "strerror", None) or error
+        raise DataError(f"{path}: not readable ({why}); pass the folder of MNIST's four .gz files as --data") from None
     start = 4 + 4 * raw[3] if len(raw) > 3 else len(raw)
     shape = np.frombuffer(raw[4:start], ">i4").tolist()
     if raw[:3] != b"\0\0\x08" or len(raw) - start != np.prod(shape):
