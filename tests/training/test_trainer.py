@@ -67,7 +67,7 @@ EVERYTHING = {"accumulate": 2, "dropout": 0.2, "ema": (0.9, 0.99), "flip": True,
 
 @pytest.mark.parametrize("settings", [{}, EVERYTHING], ids=["plain", "everything"])
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, settings):
-    """20 steps at once; 7 + 13; and three resumes within one epoch, by 2 threads: weights, averages, moments, losses."""
+    """20 steps at once; 7 + 13; and three resumes in an epoch, by 2 threads: weights, averages, moments, losses."""
     go(tmp_path / "whole", steps=20, **settings)
     go(tmp_path / "twice", steps=7, **settings)
     again(tmp_path / "twice", steps=20)
