@@ -87,6 +87,9 @@ def attention(
 ) -> Float[Tensor, "b n c"]:
     """Let each of n tokens look at m tokens, with the channels cut into heads: equation (3).
 
+    PyTorch's fast kernels have no second derivative and no forward mode: a loss that needs one calls the
+    network within `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`.
+
     Example:
         >>> x = torch.randn(2, 5, 8)
         >>> attention(x, x, x, heads=4).shape

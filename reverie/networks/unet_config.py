@@ -219,6 +219,8 @@ class UNetConfig(BaseModel):
             return None
         if (self.in_channels, self.out_channels) != (3, 3):
             return f"Skip blocks are for 3 channels in and out, not {self.in_channels} and {self.out_channels}"
+        if any(channels % 32 for channels in self.channels):
+            return f"Skip blocks need a multiple of 32 channels at every level, not {list(self.channels)}"
         if down != sorted(down, reverse=True) or up != sorted(up):
             return "Skip blocks must be the first of the way down and the last of the way up"
         return None

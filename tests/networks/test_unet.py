@@ -1,10 +1,13 @@
 """The U-Net by itself: sizes, conditions, checkpointing, types of number, and what it refuses."""
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from reverie.base.errors import ModelFileError, UsageError
 from reverie.networks import networks
@@ -180,6 +183,35 @@ def test_derivatives_are_right(extra):
     label = {"label": torch.randn(1, unet.config.time_channels).double()} if identity else {}
     x = images(unet, 3, 2, count=1).requires_grad_()
     torch.autograd.gradcheck(lambda x: unet(x, torch.tensor([2.0]), **label), (x,), fast_mode=True)
+
+
+def test_second_derivatives_and_forward_mode():
+    """Sliced score matching needs the one, consistency training in continuous time the other."""
+    unet = build(in_channels=1, channels=(4, 4), layers=1, attention=(False, True))
+    x, time = images(unet, 3, 2, count=1).requires_grad_(), torch.tensor([2.0])
+    with sdpa_kernel(SDPBackend.MATH):
+        torch.autograd.gradgradcheck(lambda x: unet(x, time), (x,), fast_mode=True)
+        direction = torch.ones_like(x)
+        _, forward = torch.func.jvp(lambda x: unet(x, time), (x.detach(),), (direction,))
+        _, backward = torch.autograd.functional.jvp(lambda x: unet(x, time), (x,), (direction,))
+    torch.testing.assert_close(forward, backward)
+
+
+COMPILE = """
+import torch
+from reverie.networks.unet import UNet, UNetConfig
+unet = UNet(UNetConfig(channels=(8, 8), layers=1, attention=(False, True), num_class_embeds=3, context_dim=6)).double()
+torch.nn.init.normal_(unet.conv_out.weight)
+given = torch.randn(2, 3, 13, 7).double(), torch.ones(2), torch.tensor([0, 2]), torch.randn(2, 3, 6).double()
+compiled = torch.compile(unet, fullgraph=True, backend="aot_eager")
+torch.testing.assert_close(compiled(*given), unet(*given), rtol=1e-10, atol=1e-10)
+"""
+
+
+@pytest.mark.slow
+def test_it_compiles_in_one_graph():
+    """In a process of its own: the checks of shapes that tests add cannot be compiled."""
+    subprocess.run([sys.executable, "-c", COMPILE], check=True, timeout=200)
 
 
 def test_a_config_can_be_built_without_memory():

@@ -132,6 +132,7 @@ SKIP = {"down_block_types": ("SkipDownBlock2D",) * 2, "up_block_types": ("SkipUp
         ({"num_train_timesteps": 1000}, "goes with a learned"),
         ({"attn_norm_num_groups": 8, "middle": "plain"}, "needs a middle that attends"),
         ({"norm_num_groups": None}, "only Skip blocks"),
+        ({**SKIP, "channels": (32, 48)}, "a multiple of 32 channels at every level"),
         ({**SKIP, "in_channels": 1}, "3 channels in and out, not 1 and 1"),
         ({**SKIP, "down_block_types": ("DownBlock2D", "SkipDownBlock2D")}, "first of the way down"),
         ({**SKIP, "up_block_types": ("SkipUpBlock2D", "UpBlock2D")}, "last of the way up"),
