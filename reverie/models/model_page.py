@@ -3,9 +3,10 @@
 import reverie
 from reverie.models.model import Model
 
-DIFFUSERS = """from diffusers import DDIMPipeline, DDPMPipeline
+DIFFUSERS = """from diffusers import DDIMPipeline  # or DDPMPipeline
 
-pictures = DDIMPipeline.from_pretrained("{path}")(batch_size=4, num_inference_steps={steps}).images
+pipeline = DDIMPipeline.from_pretrained("{path}")
+pictures = pipeline(batch_size=4, num_inference_steps={steps}, use_clipped_model_output=True).images
 """
 
 DIFFUSERS_CLASSES = """import torch
@@ -19,7 +20,7 @@ x = torch.randn(1, {shape})
 for t in scheduler.timesteps:
     with torch.no_grad():
         output = unet(x, t, class_labels=labels).sample
-    x = scheduler.step(output, t, x).prev_sample
+    x = scheduler.step(output, t, x, use_clipped_model_output=True).prev_sample
 """
 
 REVERIE = """import reverie as rv
@@ -88,13 +89,13 @@ def usage(model: Model) -> str:
 
 def diffusers_usage(model: Model) -> str:
     """Return how it is sampled with diffusers: by a pipeline, or by a loop where there are classes."""
-    card = model.card
+    card, steps = model.card, min(50, getattr(model.denoiser.schedule, "timesteps", 50))
     if not card.classes:
-        return DIFFUSERS.format(path="PATH", steps=min(50, card.sampling.steps)).rstrip()
+        return DIFFUSERS.format(path="PATH", steps=steps).rstrip()
     listed = ", ".join(f"{i} {plain(name)}" for i, name in enumerate(card.classes[:10]))
     null = f"; {card.null_label} is none of them" if card.unconditional else ""
     shape = ", ".join(map(str, card.shape))
-    return DIFFUSERS_CLASSES.format(path="PATH", steps=50, classes=listed, null=null, shape=shape).rstrip()
+    return DIFFUSERS_CLASSES.format(path="PATH", steps=steps, classes=listed, null=null, shape=shape).rstrip()
 
 
 def plain(text: str) -> str:

@@ -227,6 +227,11 @@ def finite(name: str, value: Any) -> float:
     return float(value)
 
 
+def first_line(error: Exception) -> str:
+    """Return the first line of what an error says."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def settle_seeds(n: int, seed: int | Sequence[int]) -> tuple[int, ...]:
     """Return the seed of each sample: seed, seed + 1, ... or those given."""
     n = whole("n, the number of samples,", n, 1, MAX_SAMPLES)
@@ -398,7 +403,7 @@ def named_sampler(denoiser: NetworkDenoiser, card: Card, name: str, asked: Mappi
     try:
         rule: Sampler = samplers[name](**chosen)
     except TypeError as error:
-        raise UsageError(f"sampler {name} does not take {chosen}: {error}") from None
+        raise UsageError(f"sampler {name} does not take {chosen}: {first_line(error)}") from None
     return rule
 
 
@@ -428,7 +433,7 @@ def settle_grid(
         try:
             return grids[grid](schedule, count, **options)
         except TypeError as error:
-            raise UsageError(f"grid {grid} does not take {dict(options)}: {error}") from None
+            raise UsageError(f"grid {grid} does not take {dict(options)}: {first_line(error)}") from None
     values: list[Any] = grid.tolist() if isinstance(grid, Tensor) else list(grid)
     if not values:
         raise UsageError("grid holds no times; give a name, or times in (0, 1], or a table's timesteps, decreasing")

@@ -155,22 +155,15 @@ def draw(
 ) -> tuple[Tensor, list[Intermediate]]:
     """Return the samples (B, *D) of some seeds, on the CPU, and where they were on the way."""
     noise = Noise(seeds)
-    first = moved(start(plan.sampler, denoiser.schedule, plan.shape, float(plan.grid[0]), noise), device)
+    grid = plan.grid.expand(len(seeds), -1)
+    first = start(plan.sampler, denoiser.schedule, plan.shape, grid[:, 0], noise, device)
     kept = []
-    for step, state in enumerate(run(plan.sampler, denoiser, first, plan.grid, noise), start=1):
+    for step, state in enumerate(run(plan.sampler, denoiser, first, grid, noise), start=1):
         if step in plan.kept:
             kept.append(Intermediate(step, float(plan.grid[step]), state.x.cpu(), state.x0.cpu()))
         if watch is not None:
             watch(step, state)
     return state.x.cpu(), kept
-
-
-def moved(state: State, device: torch.device) -> State:
-    """Return a state on another device."""
-    memory = {name: value.to(device) for name, value in state.memory.items()}
-    return replace(
-        state, x=state.x.to(device), t=state.t.to(device), k=state.k.to(device), x0=state.x0.to(device), memory=memory
-    )
 
 
 def joined(parts: Sequence[Intermediate]) -> Intermediate:
