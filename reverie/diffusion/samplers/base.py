@@ -19,6 +19,8 @@ from reverie.diffusion.denoisers import Denoiser, Times
 from reverie.diffusion.predictions import Data, per_sample
 from reverie.diffusion.schedules import Schedule
 
+When = Float[Tensor, "*b"] | float  # a time for each sample (B,), or one for all
+
 
 @dataclass(frozen=True)
 class State:
@@ -40,7 +42,8 @@ class State:
 
     def rows(self, index: Sequence[int] | Tensor) -> "State":
         """Return the state of some of the samples."""
-        index = torch.as_tensor(index, device=self.x.device)
+        if not isinstance(index, Tensor):
+            index = torch.tensor(list(index), dtype=torch.int64, device=self.x.device)  # of no rows, too
         memory = {name: value[index] for name, value in self.memory.items()}
         return State(self.x[index], self.t[index], self.k[index], self.x0[index], memory)
 
@@ -69,12 +72,12 @@ class Sampler(ABC):
         """Whether a step draws noise."""
         return False
 
-    def init(self, x: Data, t: Times | float) -> State:
+    def init(self, x: Data, t: When) -> State:
         """Return the state of samples x (B, *D) at times t, (B,) or one for all."""
         t = torch.as_tensor(t, dtype=torch.float64, device=x.device).expand(len(x))
         return State(x, t, torch.zeros(len(x), dtype=torch.int64, device=x.device), torch.zeros_like(x))
 
-    def step(self, denoiser: Denoiser, state: State, s: Times | float, noise: Noise) -> State:
+    def step(self, denoiser: Denoiser, state: State, s: When, noise: Noise) -> State:
         """Return the state with each sample moved from its time to its time s.
 
         Arguments:
@@ -101,7 +104,7 @@ def start(
     sampler: Sampler,
     schedule: Schedule,
     shape: Sequence[int],
-    t: Times | float,
+    t: When,
     noise: Noise,
     device: torch.device | str = "cpu",
 ) -> State:
