@@ -12,7 +12,7 @@ from torch import Tensor
 
 from reverie.base.errors import DataError
 from reverie.data.dataset import Dataset, Header
-from reverie.data.decode import Form, describe, to_pixels
+from reverie.data.decode import describe, to_pixels
 from reverie.data.options import Options
 from reverie.data.size import choose_form, why
 
@@ -39,7 +39,7 @@ class ArrayImages(Dataset):
         name: str,
         pixels: UInt8[np.ndarray, "n h w c"],
         options: Options,
-        labels: Integer[np.ndarray, " n"] | None = None,
+        labels: Integer[np.ndarray, " _"] | None = None,
         captions: Sequence[str] | None = None,
         notes: Sequence[str] = (),
     ) -> None:
@@ -50,7 +50,7 @@ class ArrayImages(Dataset):
         self.pixels = pixels if whole else pixels[chosen]
         self.original = self._original()
         self.form = choose_form([self.original], options)
-        self.shape = tuple(self.form)
+        self.shape = (self.form.channels, self.form.height, self.form.width)
         self.preparation = describe(self.form, [self.original]) + why([self.original], options)
         self.notes = tuple(notes)
         self.captions = None if captions is None else [captions[index] for index in chosen]
@@ -93,9 +93,9 @@ class ArrayImages(Dataset):
     def fingerprint(self) -> str:
         """The sha256 of all pixels, labels and captions, in hexadecimal: one pass, not one for each image."""
         total = sha256(repr((self.pixels.shape, self.classes, self.captions)).encode())
-        total.update(np.ascontiguousarray(self.pixels))
+        total.update(np.ascontiguousarray(self.pixels).data)
         if self.classes:
-            total.update(self.targets.numpy())
+            total.update(self.targets.numpy().data)
         return total.hexdigest()
 
     def _original(self) -> Header:

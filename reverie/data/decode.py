@@ -22,13 +22,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import BmpImagePlugin as _bmp  # noqa: F401 - the six decoders, so that Pillow imports no other
-from PIL import GifImagePlugin as _gif  # noqa: F401
+from PIL import BmpImagePlugin as _bmp  # noqa: F401, N813 - the six decoders, so that Pillow imports no other
+from PIL import GifImagePlugin as _gif  # noqa: F401, N813
 from PIL import Image, ImageOps, UnidentifiedImageError
-from PIL import JpegImagePlugin as _jpeg  # noqa: F401
-from PIL import PngImagePlugin as _png  # noqa: F401
-from PIL import TiffImagePlugin as _tiff  # noqa: F401
-from PIL import WebPImagePlugin as _webp  # noqa: F401
+from PIL import JpegImagePlugin as _jpeg  # noqa: F401, N813
+from PIL import PngImagePlugin as _png  # noqa: F401, N813
+from PIL import TiffImagePlugin as _tiff  # noqa: F401, N813
+from PIL import WebPImagePlugin as _webp  # noqa: F401, N813
 
 from reverie.data.dataset import Header
 
@@ -252,7 +252,7 @@ def _shrink_on_load(image: Image.Image, form: Form) -> None:
     """Let a JPEG's decoder halve its size while more than twice the target's is left: quality is Lanczos' alone."""
     scale = 2 * max(form.height, form.width) / min(image.size)  # for either orientation
     if image.format in ("JPEG", "MPO") and scale < 1:
-        image.draft(None, (int(image.width * scale) + 1, int(image.height * scale) + 1))  # type: ignore[arg-type]
+        image.draft(None, (int(image.width * scale) + 1, int(image.height * scale) + 1))
 
 
 def _to_eight_bits(image: Image.Image) -> Image.Image:
@@ -287,8 +287,8 @@ def _fit(image: Image.Image, height: int, width: int) -> Image.Image:
     """Cut out the largest centred rectangle of a shape, and resize it (step 6)."""
     scale = min(image.width / width, image.height / height)
     if scale == 1:
-        left, top = (image.width - width) // 2, (image.height - height) // 2
-        return image.crop((left, top, left + width, top + height))
+        x, y = (image.width - width) // 2, (image.height - height) // 2
+        return image.crop((x, y, x + width, y + height))
     cut_width, cut_height = min(width * scale, image.width), min(height * scale, image.height)
     left, top = (image.width - cut_width) / 2, (image.height - cut_height) / 2
     box = (left, top, left + cut_width, top + cut_height)

@@ -14,7 +14,6 @@ import torch
 from jaxtyping import Int64, UInt8
 from torch import Tensor
 
-from reverie.base.errors import DataError
 from reverie.data.dataset import Dataset, Header, Skipped
 from reverie.data.decode import BadImage, decode, describe
 from reverie.data.options import Options
@@ -53,9 +52,14 @@ class ImageFiles(Dataset):
         found = scan(entries, options, name)
         self.name = name
         self.options = options
-        self.entries, self.headers, self.digests, self.pixels = found.entries, found.headers, found.digests, found.pixels
+        self.entries, self.headers, self.digests, self.pixels = (
+            found.entries,
+            found.headers,
+            found.digests,
+            found.pixels,
+        )
         self.form = found.form
-        self.shape = tuple(found.form)
+        self.shape = (found.form.channels, found.form.height, found.form.width)
         self.classes = tuple(classes)
         self.skipped = tuple(found.skipped)
         self.notes = tuple(notes)

@@ -133,7 +133,7 @@ def _labels(
         without = [entry for entry in images if entry.name not in given]
         if without:
             raise DataError(f"{without[0].path}: has no label in the metadata, as {len(given)} others do; give it one")
-        remarks = []
+        remarks: list[str] = []
     else:
         given, remarks = _folder_classes(images, path)
     names = class_names(set(given.values()))
@@ -145,7 +145,7 @@ def _labels(
 def _folder_classes(images: Sequence[Entry], path: Path) -> tuple[dict[str, str | int], list[str]]:
     """Return the class of each image by the first folder that tells them apart."""
     parents = [PurePosixPath(entry.name).parts[:-1] for entry in images]
-    shared = len(os.path.commonprefix(parents))  # compares part by part
+    shared = len(os.path.commonprefix(parents))  # noqa: RUF071 - tuples: it compares part by part
     loose = sum(len(parent) == shared for parent in parents)
     if loose:
         inner = len(images) - loose

@@ -14,8 +14,8 @@ import gzip
 import math
 import struct
 import zlib
+from io import BufferedIOBase
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 from jaxtyping import UInt8
@@ -72,13 +72,13 @@ def read_idx(path: Path, dimensions: int) -> UInt8[np.ndarray, "..."]:
     return np.frombuffer(data, np.uint8).reshape(shape)
 
 
-def _open(path: Path) -> BinaryIO:
+def _open(path: Path) -> BufferedIOBase:
     with path.open("rb") as file:
         zipped = file.read(2) == b"\x1f\x8b"
-    return gzip.open(path, "rb") if zipped else path.open("rb")  # type: ignore[return-value]
+    return gzip.open(path, "rb") if zipped else path.open("rb")
 
 
-def _read_shape(file: BinaryIO, path: Path, dimensions: int) -> tuple[int, ...]:
+def _read_shape(file: BufferedIOBase, path: Path, dimensions: int) -> tuple[int, ...]:
     zeros, kind, count = struct.unpack(">HBB", file.read(4))
     if zeros or kind != _BYTES:
         raise DataError(f"{path}: is no IDX file of bytes (it begins {zeros:#06x} {kind:#04x}, expected 0x0000 0x08)")

@@ -58,7 +58,7 @@ def class_names(values: Collection[str | int]) -> list[str | int]:
     """
     if len({type(value) for value in values}) > 1:
         raise DataError("some labels are numbers and some are names; use one kind")
-    return sorted(values)  # type: ignore[type-var]
+    return sorted(values)
 
 
 def _json_rows(text: str, entry: Entry) -> Iterator[tuple[int, Mapping[str, Any]]]:

@@ -11,7 +11,7 @@ import math
 import zipfile
 import zlib
 from pathlib import Path
-from typing import IO
+from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
@@ -81,7 +81,7 @@ def _shape(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path) -> tuple
     return shape
 
 
-def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:
+def _read_header(file: Any) -> tuple[tuple[int, ...], np.dtype]:
     version = np.lib.format.read_magic(file)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, _, dtype = read(file)
@@ -120,7 +120,8 @@ def _to_bytes(array: np.ndarray, path: Path) -> UInt8[np.ndarray, "..."]:
     low, high = array.min(), array.max()
     if array.dtype.kind != "f" or not (low >= -1 and high <= 1):  # a NaN fails too
         raise DataError(
-            f"{path}: the images are {array.dtype} from {low} to {high}; save them as uint8, or floats in [0, 1] or [-1, 1]"
+            f"{path}: the images are {array.dtype} from {low} to {high}; save them as uint8, or as floats "
+            "in [0, 1] or [-1, 1]"
         )
     pixels = np.empty(array.shape, np.uint8)
     for row, image in enumerate(array):  # one at a time: no second copy of all in floats
@@ -135,7 +136,9 @@ def _channels_last(array: UInt8[np.ndarray, "..."], path: Path) -> UInt8[np.ndar
     first, last = (array.ndim == 4 and array.shape[axis] in _CHANNELS for axis in (1, 3)) if array.ndim == 4 else (0, 0)
     if first == last:
         why = "could have its channels first or last" if first else "is no set of images"
-        raise DataError(f"{path}: an array of shape {array.shape} {why}; save it as (N, H, W) or (N, H, W, C), C 1, 3 or 4")
+        raise DataError(
+            f"{path}: an array of shape {array.shape} {why}; save it as (N, H, W) or (N, H, W, C), C 1, 3 or 4"
+        )
     return array if last else array.transpose(0, 2, 3, 1)
 
 
@@ -143,7 +146,9 @@ def _class_numbers(labels: np.ndarray, path: Path) -> np.ndarray:
     """Return the labels as (N,): whole numbers or names."""
     labels = labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels
     if labels.ndim != 1 or labels.dtype.kind not in "iuUb":
-        raise DataError(f"{path}: the labels are {labels.dtype} of shape {labels.shape}, expected (N,) whole numbers or names")
+        raise DataError(
+            f"{path}: the labels are {labels.dtype} of shape {labels.shape}, expected (N,) whole numbers or names"
+        )
     return labels
 
 

@@ -5,8 +5,8 @@ colour and the background,
 
     a = <p - background, colour - background> / |colour - background|^2,    clipped to [0, 1],       (1)
 
-the colour being the one of COLOURS that leaves the least square error. Then each kind of shape is laid over a with the area and the centre of mass that a has. The kind that leaves
-the least unexplained,
+the colour being the one of COLOURS that leaves the least square error. Then each kind of shape is laid over a with the
+area and the centre of mass that a has. The kind that leaves the least unexplained,
 
     misfit = sum |a - a_kind| / sum a,                                                               (2)
 

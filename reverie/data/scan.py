@@ -50,7 +50,7 @@ class Scan:
     headers: list[Header]
     digests: list[bytes]
     skipped: list[Skipped] = field(default_factory=list)
-    form: Form = Form(3, 1, 1)
+    form: Form = field(default_factory=lambda: Form(3, 1, 1))
     pixels: np.ndarray | None = None
 
 

@@ -197,7 +197,8 @@ class Scene:
         """The scene in words.
 
         Example:
-            >>> Scene((Shape("star", "red", "small", 0.2, 0.3, 0.1), Shape("star", "red", "small", 0.4, 0.3, 0.1))).caption
+            >>> stars = [Shape("star", "red", "small", x, 0.3, 0.1) for x in (0.2, 0.4)]
+            >>> Scene(tuple(stars)).caption
             'two small red stars at the top left'
         """
         return " and ".join(map(str, self.groups)) or "nothing"
@@ -296,12 +297,14 @@ class Shapes(Dataset):
     def __init__(self, count: int, seed: int, most_groups: int, options: Options) -> None:
         height, width = options.sides or (DEFAULT_SIZE, DEFAULT_SIZE)
         if min(height, width) < SMALLEST:
-            raise UsageError(f"shapes: size {width}x{height}; each side must be at least {SMALLEST} for kinds to differ")
+            raise UsageError(
+                f"shapes: size {width}x{height}; each side must be at least {SMALLEST} for kinds to differ"
+            )
         self.name = "shapes"
         self.seed, self.most_groups = seed, most_groups
         self.chosen = options.subset(count)
         self.form = Form(options.channels or 3, height, width)
-        self.shape = tuple(self.form)
+        self.shape = (self.form.channels, self.form.height, self.form.width)
         self.classes = tuple(KINDS)
         self.preparation = f"{count} scenes of seed {seed}, drawn at {width}x{height}"
         fits = len(self.chosen) * math.prod(self.form) <= options.cache
@@ -353,7 +356,7 @@ def open_shapes(argument: str, options: Options) -> Shapes:
 
     Example:
         >>> open_shapes("32,count=3", Options()).caption(0)
-        'a small purple cross at the bottom left and two small red stars at the top right'
+        'a large purple triangle at the top right'
     """
     values = {"count": DEFAULT_COUNT, "seed": 0, "groups": 2}
     size = options.size

@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from reverie.base.errors import DataError
 from reverie.data.decode import MAX_BYTES, BadImage
@@ -21,6 +21,7 @@ _ZIP_ERRORS = (OSError, EOFError, RuntimeError, NotImplementedError, zipfile.Bad
 _MAX_RATIO = 500
 
 
+@runtime_checkable
 class Store(Protocol):
     """Something that files are read from."""
 

@@ -23,7 +23,7 @@ def same(one, other):
 def test_an_epoch_visits_each_sample_once(shapes):
     batches = Batches(shapes, 5, seed=0, indices=range(3, 18))
     seen = Counter(int(i) for step in range(6) for i in batches.batch(step).indices)
-    assert seen == {index: 2 for index in range(3, 18)}
+    assert seen == dict.fromkeys(range(3, 18), 2)
 
 
 def test_epochs_and_seeds_differ_in_order(shapes):
@@ -52,7 +52,9 @@ def test_half_of_the_images_are_mirrored(shapes):
     mirrored = Batches(shapes, 4, seed=0, flip=True).mirrored(np.arange(4000)).double().mean()
     assert abs(float(mirrored) - 0.5) < 4.5 * 0.5 / 4000**0.5
     plain, flipped = Batches(shapes, 21, 0).batch(0), Batches(shapes, 21, 0, flip=True).batch(0)
-    turned = [torch.equal(a.flip(-1), b) and not torch.equal(a, b) for a, b in zip(plain.images, flipped.images, strict=True)]
+    turned = [
+        torch.equal(a.flip(-1), b) and not torch.equal(a, b) for a, b in zip(plain.images, flipped.images, strict=True)
+    ]
     kept = [torch.equal(a, b) for a, b in zip(plain.images, flipped.images, strict=True)]
     assert all(a != b for a, b in zip(turned, kept, strict=True))
     assert any(turned)
