@@ -163,7 +163,7 @@ class Run:
         denoiser.dtype = plan.dtype
         self.network = denoiser.network.to(plan.device).to(memory_format=self.layout).train()  # type: ignore[call-overload]
         if config.checkpointing:
-            self.network.gradient_checkpointing = True  # type: ignore[assignment]
+            self.network.gradient_checkpointing = True
         self.model = Model(denoiser, plan.card)
         trained: Any = torch.compile(self.network) if config.compile else self.network
         card = plan.card
