@@ -1,6 +1,6 @@
 """DDPM as the textbooks show it, on reverie's objects: train on handwritten digits, and sample from T to 0.
 
-    python examples/textbook.py --steps 2000 --out textbook.png
+    python examples/textbook.py --steps 1000 --out textbook.png
 
 Everything that reverie does besides (averages of weights, checkpoints, classes, grids with fewer steps) is left out.
 """
@@ -34,12 +34,12 @@ def train(denoiser: rv.NetworkDenoiser, images: Tensor, steps: int, batch: int, 
 
 
 @torch.no_grad()
-def sample(denoiser: rv.NetworkDenoiser, shape: tuple[int, ...], count: int, timesteps: int) -> Tensor:
-    """Algorithm 2 of DDPM: from t = 1 to t = 0, one timestep after another."""
-    noise, sampler = rv.Noise(range(count)), rv.DDPM()
+def sample(denoiser: rv.Denoiser, shape: tuple[int, ...], count: int, timesteps: int) -> Tensor:
+    """Algorithm 2 of DDPM: from t = 1 to t = 0, one timestep after another, x_0 kept in [-1, 1] as its authors do."""
+    noise, sampler, clipped = rv.Noise(range(count)), rv.DDPM(), rv.Clipped(denoiser)
     state = sampler.init(noise(shape, [0] * count), t=1.0)
     for i in trange(timesteps - 1, -1, -1, desc="sample"):
-        state = sampler.step(denoiser, state, i / timesteps, noise)
+        state = sampler.step(clipped, state, i / timesteps, noise)
     return state.x
 
 
@@ -47,7 +47,7 @@ def main() -> None:
     """Train, sample, and write the picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("textbook.png"), help="the picture")
-    parser.add_argument("--steps", type=int, default=2000, help="training steps")
+    parser.add_argument("--steps", type=int, default=1000, help="training steps")
     parser.add_argument("--batch", type=int, default=64, help="images in a step")
     parser.add_argument("--timesteps", type=int, default=1000, help="T")
     parser.add_argument("--count", type=int, default=16, help="samples")

@@ -132,7 +132,7 @@ def test_the_registries_name_things_that_are_there():
     found = [
         (registry.kind, key)
         for name in NAMES
-        for registry in vars(import_module(name)).values()
+        for registry in list(vars(import_module(name)).values())
         if isinstance(registry, Registry)
         for key in registry
         if registry[key] is not None
