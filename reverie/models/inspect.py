@@ -4,8 +4,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from reverie.base.errors import ModelFileError, NonFiniteError, UsageError
-from reverie.models.formats import hub_advice, recognise
+from reverie.base.errors import ModelFileError
+from reverie.models.formats import existing, readable, recognise
 from reverie.models.formats.files import what_is
 from reverie.models.model import Model
 from reverie.models.provenance import read_provenance
@@ -21,19 +21,19 @@ def describe(path: Path | str) -> dict[str, Any]:
         ModelFileError: It is nothing that reverie knows.
         DataError: It is a damaged picture.
     """
-    path = Path(path)
-    if not path.exists():
-        raise UsageError(f"there is no {path}{hub_advice(str(path))}")
+    path = existing(path)
     if path.is_file() and (what_is(path) or "").startswith("a PNG"):
         return {"path": str(path), "kind": "picture", **read_provenance(path)}
     kind = recognise(path)
     found: dict[str, Any] = {"path": str(path), "kind": kind.name}
     try:
-        found |= describe_model(kind.read(path))
-    except (ModelFileError, NonFiniteError) as error:
+        with readable(path):
+            found |= describe_model(kind.read(path))
+    except ModelFileError as error:
         found["problem"] = str(error)
     try:
-        return found | kind.describe(path)
+        with readable(path):
+            return found | kind.describe(path)
     except ModelFileError as error:
         return found | {"problem": found.get("problem", str(error))}
 

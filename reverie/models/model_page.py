@@ -3,24 +3,24 @@
 import reverie
 from reverie.models.model import Model
 
-DIFFUSERS = """from diffusers import DDIMPipeline  # or DDPMPipeline
+PIPELINE = """from diffusers import {kind}Pipeline
 
-pipeline = DDIMPipeline.from_pretrained("{path}")
-pictures = pipeline(batch_size=4, num_inference_steps={steps}, use_clipped_model_output=True).images
+pipeline = {kind}Pipeline.from_pretrained("{path}")
+pictures = pipeline(batch_size=4, num_inference_steps={steps}{clipped}).images
 """
 
-DIFFUSERS_CLASSES = """import torch
-from diffusers import DDIMScheduler, UNet2DModel
+LOOP = """import torch
+from diffusers import {kind}Scheduler, UNet2DModel
 
 unet = UNet2DModel.from_pretrained("{path}", subfolder="unet")
-scheduler = DDIMScheduler.from_pretrained("{path}", subfolder="scheduler")
+scheduler = {kind}Scheduler.from_pretrained("{path}", subfolder="scheduler")
 scheduler.set_timesteps({steps})
 labels = torch.tensor([0])  # {classes}{null}
 x = torch.randn(1, {shape})
 for t in scheduler.timesteps:
     with torch.no_grad():
         output = unet(x, t, class_labels=labels).sample
-    x = scheduler.step(output, t, x, use_clipped_model_output=True).prev_sample
+    x = scheduler.step(output, t, x{clipped}).prev_sample
 """
 
 REVERIE = """import reverie as rv
@@ -89,13 +89,17 @@ def usage(model: Model) -> str:
 
 def diffusers_usage(model: Model) -> str:
     """Return how it is sampled with diffusers: by a pipeline, or by a loop where there are classes."""
-    card, steps = model.card, min(50, getattr(model.denoiser.schedule, "timesteps", 50))
+    card = model.card
+    entries = getattr(model.denoiser.schedule, "timesteps", 50)
+    words: dict[str, str | int] = {"path": "PATH", "kind": "DDIM", "steps": min(50, entries)}
+    words["clipped"] = ", use_clipped_model_output=True"
+    if card.learned_variance:  # of which their DDIM knows nothing
+        words |= {"kind": "DDPM", "steps": entries, "clipped": ""}
     if not card.classes:
-        return DIFFUSERS.format(path="PATH", steps=steps).rstrip()
+        return PIPELINE.format(**words).rstrip()
     listed = ", ".join(f"{i} {plain(name)}" for i, name in enumerate(card.classes[:10]))
     null = f"; {card.null_label} is none of them" if card.unconditional else ""
-    shape = ", ".join(map(str, card.shape))
-    return DIFFUSERS_CLASSES.format(path="PATH", steps=steps, classes=listed, null=null, shape=shape).rstrip()
+    return LOOP.format(**words, classes=listed, null=null, shape=", ".join(map(str, card.shape))).rstrip()
 
 
 def plain(text: str) -> str:

@@ -6,6 +6,8 @@ from io import BytesIO
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
@@ -286,6 +288,26 @@ def test_what_is_no_png(tmp_path, content):
     with pytest.raises(DataError) as caught:
         read_provenance(tmp_path / "a.png")
     assert "\n" not in str(caught.value)
+
+
+@given(st.data())
+def test_no_change_of_bytes_is_a_traceback(tmp_path_factory, data):
+    """A few bytes of a sound picture changed anywhere: read, or refused on one line."""
+    record = {"seeds": [1], "n": 1}
+    content = bytearray(
+        picture_bytes(torch.zeros(1, 4, 4, dtype=torch.uint8), {"reverie": json.dumps(record), "a": "ü"})
+    )
+    for place in data.draw(st.lists(st.integers(0, len(content) - 1), min_size=1, max_size=4)):
+        content[place] = data.draw(st.integers(0, 255))
+    path = tmp_path_factory.mktemp("fuzz") / "a.png"
+    path.write_bytes(content)
+    for look in (read_provenance, again):
+        said = ""
+        try:
+            look(path)
+        except (DataError, UsageError) as error:
+            said = str(error)
+        assert "\n" not in said
 
 
 def test_a_path_where_nothing_is(tmp_path):

@@ -3,9 +3,11 @@
 A new format is one file here (a class that is a `Format`) and one line in `formats`.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from reverie.base.errors import ModelFileError, UsageError
+from reverie.base.errors import ModelFileError, ReverieError, UsageError
 from reverie.base.registry import Registry
 from reverie.models.formats.base import Format
 from reverie.models.model import Model
@@ -32,16 +34,41 @@ def recognise(path: Path | str) -> Format:
         UsageError: There is nothing at that path.
         ModelFileError: There is something, and it is no model; the message says what would be one.
     """
-    path = Path(path)
-    if not path.exists():
-        raise UsageError(f"there is no {path}{hub_advice(str(path))}")
-    for name in formats:
-        known: Format = formats[name]()
-        if known.recognises(path):
-            return known
+    path = existing(path)
+    with readable(path):
+        for name in formats:
+            known: Format = formats[name]()
+            if known.recognises(path):
+                return known
+        held = sorted(p.name for p in path.iterdir())[:5] if path.is_dir() else []
     signs = "; ".join(formats[name].sign for name in formats)
-    held = sorted(p.name for p in path.iterdir())[:5] if path.is_dir() else []
     raise ModelFileError(f"{path} is no model (it holds {', '.join(held) or 'nothing'}); a model is {signs}")
+
+
+def existing(path: Path | str) -> Path:
+    """Return a path at which there is something.
+
+    Raises:
+        UsageError: There is nothing.
+    """
+    try:
+        there = Path(path).exists()
+    except (OSError, ValueError) as error:  # a name that is too long, or holds a NUL
+        raise UsageError(f"there is no {str(path)[:200]!r}: {error}") from None
+    if not there:
+        raise UsageError(f"there is no {path}{hub_advice(str(path))}")
+    return Path(path)
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Turn what the system refuses inside the block into a ModelFileError about a path."""
+    try:
+        yield
+    except ReverieError:
+        raise
+    except OSError as error:
+        raise ModelFileError(f"{path} cannot be read: {error.strerror or error}; check its permissions") from error
 
 
 def hub_advice(name: str) -> str:
@@ -71,7 +98,9 @@ def read_model(path: Path | str, ema: str | None = None) -> Model:
         UsageError: There is nothing at that path, or there are no such weights.
         ModelFileError: It is no model, or one that is damaged, foreign or hostile.
     """
-    return recognise(path).read(Path(path), ema)
+    known = recognise(path)
+    with readable(Path(path)):
+        return known.read(Path(path), ema)
 
 
 def write_model(model: Model, path: Path | str, kind: str | None = None, overwrite: bool = False) -> Path:

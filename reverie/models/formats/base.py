@@ -1,6 +1,7 @@
 """What a model format is: how it is recognised, read and written."""
 
 import os
+import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -19,6 +20,7 @@ from reverie.models.formats.files import read_json
 from reverie.models.model import Model
 
 CARD = "reverie.json"
+LITTER = {".DS_Store", "Thumbs.db", "desktop.ini"}  # what file managers leave in a folder
 Contents = Mapping[str, bytes | Callable[[Writer], None]]
 
 
@@ -165,7 +167,7 @@ def write_folder(folder: Path, contents: Contents, finish: Callable[[Mapping[str
             fill_folder(beside, finish(digests))
             replace_folder(beside, folder)
         except BaseException:
-            storage.shutil.rmtree(beside, ignore_errors=True)
+            shutil.rmtree(beside, ignore_errors=True)
             raise
         sync_folder(folder.parent)
 
@@ -212,7 +214,8 @@ def check_target(path: Path, own: Format, overwrite: bool, files: Contents) -> N
     if not overwrite:
         raise UsageError(f"{path} holds a model already; choose another folder, or ask to overwrite it")
     known = {CARD, *files}
-    others = [p for p in path.rglob("*") if p.is_file() and p.relative_to(path).as_posix() not in known]
+    there = [p for p in path.rglob("*") if not p.is_dir() and p.name not in LITTER]
+    others = [p for p in there if p.relative_to(path).as_posix() not in known]
     if others:
         raise UsageError(
             f"{others[0]} is no part of the model that would be overwritten; move it, or choose another folder"

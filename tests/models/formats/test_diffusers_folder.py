@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers.schedulers import scheduling_ddpm
 from safetensors.torch import load_file, save_file
 
 from reverie.base import storage
@@ -127,16 +128,47 @@ def test_a_class_folded_in_is_drawn_by_their_pipeline(classy, tmp_path, our_nois
     torch.testing.assert_close(got, want, atol=1e-4, rtol=0)
 
 
-def test_the_loop_on_a_class_models_page_draws_the_class(classy, tmp_path, our_noise, monkeypatch):
-    """The README's own code, run as it stands."""
-    write_model(classy, tmp_path / "m")
-    code = (tmp_path / "m" / "README.md").read_text().split("```python")[2].split("```")[0]
-    start = Noise([0])((1, 8, 8), [0])
-    monkeypatch.setattr(torch, "randn", lambda *shape: start)
+PAGES = {
+    "plain": {},
+    "classes": {"network": {"num_class_embeds": 4}, "classes": ("zero", "one", "two")},
+    "learned": {"network": {"out_channels": 2}, "learned_variance": True},
+    "both": {"network": {"out_channels": 2, "num_class_embeds": 2}, "learned_variance": True, "classes": ("zero",)},
+}
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_the_code_on_a_models_page_draws_what_we_draw(make, tmp_path, our_noise, monkeypatch, name):
+    """The README's own code, run as it stands: ours, and diffusers'."""
+    model = make(schedule=table(last=0.6), **PAGES[name])
+    write_model(model, tmp_path / "m")
+    ours, theirs = ((tmp_path / "m" / "README.md").read_text().split("```python")[i].split("```")[0] for i in (1, 2))
     space: dict = {}
-    exec(code.replace("PATH", str(tmp_path / "m")), space)
-    got = classy.sample(1, classes="zero", guidance=1.0, steps=40).images
-    torch.testing.assert_close(got, space["x"], atol=1e-4, rtol=0)
+    monkeypatch.chdir(tmp_path)
+    exec(ours.replace("PATH", str(tmp_path / "m")), space)
+    assert len(space["samples"]) == 4
+    assert (tmp_path / "sample.png").is_file()
+
+    count = 1 if model.card.classes else 4
+    our_noise(list(range(count)))
+    start = Noise([0])((1, 8, 8), [0])
+    monkeypatch.setattr(torch, "randn", lambda *shape: draw_first(start))
+    exec(theirs.replace("PATH", str(tmp_path / "m")), space)
+    settings = {"classes": "zero", "guidance": 1.0} if model.card.classes else {}
+    sampler = "ddpm" if model.card.learned_variance else "ddim"
+    got = model.sample(count, sampler=sampler, steps=T, **settings)
+    if model.card.classes:
+        torch.testing.assert_close(got.images, space["x"].clamp(-1, 1), atol=1e-4, rtol=0)
+    else:
+        apart = [
+            np.abs(np.asarray(a, int) - np.asarray(b, int)) for a, b in zip(space["pictures"], got.pil(), strict=True)
+        ]
+        assert np.array(apart).max() <= 1
+
+
+def draw_first(start: torch.Tensor) -> torch.Tensor:
+    """Return the noise that a loop starts from, as diffusers' own noise begins with it too."""
+    scheduling_ddpm.randn_tensor(start.shape)
+    return start
 
 
 # Theirs, here ---------------------------------------------------------------------------------------

@@ -168,6 +168,21 @@ def test_a_path_where_nothing_is(tmp_path):
     assert caught.value.exit_code == 2
 
 
+@pytest.mark.parametrize("path", ["a" * 5000, "a\x00b", "a/" * 3000])
+def test_a_path_that_is_none(path):
+    with pytest.raises(UsageError, match="there is no"):
+        read_model(path)
+
+
+def test_what_the_system_refuses_is_said(native, monkeypatch):
+    def refuse(*given):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(native_folder.NativeFolder, "read", refuse)
+    with pytest.raises(ModelFileError, match="cannot be read: Permission denied; check its permissions"):
+        read_model(native)
+
+
 def test_the_name_of_a_model_on_the_hub_is_not_fetched(monkeypatch, tmp_path):
     """No socket is opened; the message says how to get the folder."""
 

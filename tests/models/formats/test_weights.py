@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from reverie.base.errors import ModelFileError
@@ -114,6 +116,27 @@ def test_every_cut_of_a_sound_file_is_refused(tmp_path):
         path.write_bytes(whole[:length])
         with pytest.raises(ModelFileError):
             read_header(path)
+
+
+@given(st.data())
+def test_no_change_of_bytes_is_a_traceback(tmp_path_factory, data):
+    """A few bytes of a sound file changed anywhere, or any bytes at all: read, or refused on one line."""
+    path = tmp_path_factory.mktemp("fuzz") / "w.safetensors"
+    if data.draw(st.booleans()):
+        save_file({"a": torch.arange(6.0), "b": torch.zeros(2, 2)}, path)
+        content = bytearray(path.read_bytes())
+        for place in data.draw(st.lists(st.integers(0, len(content) - 1), max_size=4)):
+            content[place] = data.draw(st.integers(0, 255))
+    else:
+        content = bytearray(framed(data.draw(st.binary(max_size=60)), data.draw(st.binary(max_size=20))))
+    path.write_bytes(content)
+    said = ""
+    try:
+        found = read_header(path)
+    except ModelFileError as error:
+        said = str(error)
+    assert said or all(len(spec.shape) < 100 for spec in found.specs.values())
+    assert "\n" not in said
 
 
 # Weights that are another network's ------------------------------------------------------------------
