@@ -41,7 +41,7 @@ class TrainConfig(BaseModel):
         "data", "refuse", "files that can't be read beyond --max-bad: end, or go on"
     )
     max_bad: float = option("data", 0.01, "share of unreadable files that is skipped without asking", ge=0, le=1)
-    limit: int | None = option("data", None, "use the first N images alone", ge=1)
+    limit: int | None = option("data", None, "use N images alone, spread evenly over the data", ge=1)
     held_out: float = option(
         "data", 0.05, "share of the data kept for the held-out loss, 500 images at most", ge=0, lt=1
     )

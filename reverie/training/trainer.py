@@ -33,7 +33,7 @@ from reverie.models.formats import write_model
 from reverie.models.model import Model
 from reverie.training.config import TrainConfig
 from reverie.training.ema import EMA
-from reverie.training.metrics import Console, MetricsLog, Stream, open_trackers
+from reverie.training.metrics import Console, MetricsLog, Stream, imported, open_trackers
 from reverie.training.optimizers import flatten_optimizer, restore_optimizer
 from reverie.training.plan import make_plan
 from reverie.training.previews import png_bytes, preview, preview_path, to_tensor
@@ -175,6 +175,8 @@ class Run:
         """Make what trains it."""
         config, plan = self.config, self.plan
         share = min(config.held_out, MAX_HELD_OUT / len(self.dataset))
+        for tracker in config.track:
+            imported(tracker)  # refused now, before anything is made
         self.train_indices, self.held_out = split(len(self.dataset), share, config.seed)
         self.emas = [EMA(self.network, decay) for decay in config.ema]
         optimizer = AdamW(
@@ -226,9 +228,7 @@ class Run:
         progress, config = self.progress, self.config
         began = time.monotonic() - progress.seconds
         stream = self.batches.stream(progress.step)
-        bar = tqdm(
-            total=config.total_steps, initial=progress.step, unit="step", desc=self.folder.name, file=self.console
-        )
+        bar = self.open_bar()
         try:
             while not self.finished() and not self.stop:
                 report = self.step(next(stream))
@@ -248,6 +248,14 @@ class Run:
                 f"stopped; saved step {progress.step} of {self.folder}, go on with: {command}", self.stop.signum
             )
 
+    def open_bar(self) -> tqdm:
+        """Return the progress bar; where nobody watches, a line every half minute."""
+        often = 0.1 if self.console.isatty() else 30.0
+        return tqdm(
+            total=self.config.total_steps, initial=self.progress.step, unit="step", desc=self.folder.name,
+            file=self.console, mininterval=often, maxinterval=max(often, 10.0),
+        )  # fmt: skip
+
     def finished(self) -> bool:
         """Whether the steps or the minutes are over."""
         total, minutes = self.config.total_steps, self.config.minutes
@@ -261,21 +269,21 @@ class Run:
             self.sample()
             self.save(last=True)
         with self.emas[0].applied(self.network):
-            write_model(self.finished_model(), self.folder / "model", overwrite=True)
+            card = self.plan.card.model_copy(update={"training": self.training_record()})
+            write_model(Model(self.model.denoiser, card), self.folder / "model", overwrite=True)
         self.say(
             f"done: step {self.progress.step}, {self.progress.seconds / 60:.1f} minutes; the model is {self.folder}"
         )
 
-    def finished_model(self) -> Model:
-        """Return the model with its training on its card."""
-        record = TrainingRecord(
+    def training_record(self) -> TrainingRecord:
+        """Return how the model came about so far."""
+        return TrainingRecord(
             steps=self.progress.step,
             images=self.progress.step * self.config.batch_size,
             seed=self.config.seed,
             seconds=self.progress.seconds,
             config=self.config.model_dump(mode="json", exclude_unset=True),
         )
-        return Model(self.model.denoiser, self.plan.card.model_copy(update={"training": record}))
 
     # One step -------------------------------------------------------------------------------------
 
@@ -333,11 +341,8 @@ class Run:
         if not report.skipped:
             progress.loss_sum += report.loss
             progress.loss_count += 1
+        bar.set_postfix(self.shown(report, bar), refresh=False)
         bar.update()
-        rate = bar.format_dict["rate"]
-        bar.set_postfix(
-            {"loss": f"{report.loss:.4f}", "images/s": f"{self.config.batch_size * (rate or 0):.0f}"}, refresh=False
-        )
         if progress.step % self.config.log_every == 0 and progress.loss_count:
             values = {
                 "loss": progress.loss_sum / progress.loss_count,
@@ -349,6 +354,16 @@ class Run:
             }
             self.log.write(progress.step, values)
             progress.loss_sum, progress.loss_count = 0.0, 0
+
+    def shown(self, report: StepReport, bar: tqdm) -> dict[str, str]:
+        """Return what stands behind the progress bar: the loss, the speed, and the minutes left where they decide."""
+        shown = {
+            "loss": f"{report.loss:.4f}",
+            "images/s": f"{self.config.batch_size * (bar.format_dict['rate'] or 0):.0f}",
+        }
+        if self.config.minutes is not None:
+            shown["minutes left"] = f"{max(0.0, self.config.minutes - self.progress.seconds / 60):.1f}"
+        return shown
 
     def milestones(self) -> None:
         """Save, validate and sample where it is time, unless the run is about to end and will do so anyway."""
@@ -428,6 +443,7 @@ class Run:
         config = self.config.model_dump_json(exclude_unset=True)
         return {name: group for name, group in groups.items() if group}, {
             "progress": asdict(self.progress),
+            "training": self.training_record().model_dump(mode="json"),
             "gradient": {"mean_norm": self.update.mean_norm, "counted": self.update.counted},
             "optimizer": record,
             "averages": [ema.name for ema in self.emas],

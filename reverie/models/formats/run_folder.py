@@ -4,6 +4,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from reverie.base.errors import ModelFileError, UsageError
 from reverie.base.registry import nearest
 from reverie.models.card import Card, TrainingRecord, read_card
@@ -99,7 +101,8 @@ def with_training(card: Card, checkpoint: Checkpoint) -> Card:
     """Return the card with how far its training had come, where it does not say so."""
     if card.training is not None:
         return card
-    progress = checkpoint.record.get("progress", {})
-    seconds = progress.get("seconds", 0.0) if isinstance(progress, dict) else 0.0
-    record = TrainingRecord(steps=checkpoint.step, seconds=max(0.0, float(seconds)))
+    try:
+        record = TrainingRecord(**checkpoint.record["training"])
+    except (KeyError, TypeError, ValidationError):  # a checkpoint of another trainer's
+        record = TrainingRecord(steps=checkpoint.step)
     return card.model_copy(update={"training": record})
