@@ -225,7 +225,7 @@ class Run:
 
     def loop(self) -> None:
         """Step until the steps, the minutes or a signal end it."""
-        progress, config = self.progress, self.config
+        progress = self.progress
         began = time.monotonic() - progress.seconds
         stream = self.batches.stream(progress.step)
         bar = self.open_bar()
