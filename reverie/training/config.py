@@ -24,7 +24,7 @@ class TrainConfig(BaseModel):
 
     Example:
         >>> TrainConfig(out="runs/digits", steps=1000).batch_size
-        128
+        32
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -72,7 +72,9 @@ class TrainConfig(BaseModel):
     times: Literal["uniform", "log-normal", "importance"] = option("diffusion", "uniform", "which times are trained on")
     label_dropout: float = option("diffusion", 0.1, "share of labels hidden, for guidance", ge=0, le=1)
 
-    batch_size: int = option("optimiser", 128, "images in a step", ge=1, le=1_000_000)
+    batch_size: int = option(
+        "optimiser", 32, "images in a step; accelerators are busier with 128 or more", ge=1, le=1_000_000
+    )
     accumulate: int = option("optimiser", 1, "parts that a step's batch is worked through in", ge=1, le=100_000)
     learning_rate: float | None = option("optimiser", None, "Adam's step size; from the preset", gt=0)
     warmup: int = option("optimiser", 100, "steps over which the learning rate rises", ge=0)

@@ -29,7 +29,7 @@ def test_a_new_learning_rate_is_taken_and_said(run):
 
 
 def test_what_would_make_it_another_run_is_refused(run):
-    with pytest.raises(ModelFileError, match=r"widths is None there, \(8, 8\) here; batch_size is 128 there, 64 here"):
+    with pytest.raises(ModelFileError, match=r"widths is None there, \(8, 8\) here; batch_size is 32 there, 64 here"):
         merge(TrainConfig(out=str(run), widths=(8, 8), batch_size=64), run)
 
 
