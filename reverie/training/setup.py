@@ -59,7 +59,9 @@ def merge(config: TrainConfig, folder: Path) -> tuple[TrainConfig, list[str]]:
         ModelFileError: The change would make it another run.
     """
     before = read_config(folder)
-    said = {name: getattr(config, name) for name in config.model_fields_set - {"out"}}
+    said = {
+        name: getattr(config, name) for name in TrainConfig.model_fields if name in config.model_fields_set - {"out"}
+    }
     changed = {name: value for name, value in said.items() if value != getattr(before, name)}
     if fixed := [name for name in FIXED if name in changed]:
         raise ModelFileError(describe_mismatch(folder, fixed, before, config))

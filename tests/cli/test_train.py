@@ -132,7 +132,7 @@ def test_all_that_is_wrong_at_once(refused):
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (["--accumulate", 3], "accumulate (3) must divide batch_size (128)"),
+        (["--accumulate", 3], "accumulate (3) must divide batch_size (32)"),
         (["--schedule", "linaer"], "linaer"),
         (["--objective", "hybrid"], "learned_variance"),
     ],

@@ -12,7 +12,7 @@ import torch
 from reverie.models.checkpoints import CheckpointStore
 
 SETTINGS = [
-    "--data", "digits", "--steps", "40", "--widths", "8,8", "--layers", "1", "--batch-size", "8", "--save-every", "1",
+    "--data", "digits", "--steps", "24", "--widths", "8,8", "--layers", "1", "--batch-size", "8", "--save-every", "1",
     "--sample-every", "0", "--validate-every", "0", "--threads", "1", "--device", "cpu", "--dtype", "float32",
 ]  # fmt: skip
 
@@ -47,7 +47,7 @@ def kill_and_resume(folder: Path, kills: int, seed: int) -> int:
 
 def final_tensors(folder: Path) -> dict:
     checkpoint = CheckpointStore(folder / "checkpoints").latest()
-    assert checkpoint.step == 40
+    assert checkpoint.step == 24
     return {(group, name): value for group in checkpoint.groups for name, value in checkpoint.tensors(group).items()}
 
 
