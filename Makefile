@@ -14,10 +14,10 @@ demo: $(VENV)/installed-demo
 	$(BIN)/python examples/digits.py --out runs/demo
 
 test: $(VENV)/installed-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 test-all: $(VENV)/installed-test
-	$(BIN)/python -m pytest -m "slow or not slow" --timeout 1800
+	$(BIN)/python -m pytest -n auto -m "slow or not slow" --timeout 1800
 
 check: $(VENV)/installed-test
 	$(BIN)/ruff check .
