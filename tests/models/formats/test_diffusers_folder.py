@@ -217,7 +217,9 @@ def test_fewer_steps_are_the_same_there_and_here(tmp_path, our_noise, spacing):
     torch.testing.assert_close(model.sample(1, steps=8, eta=1.0).images, want, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("how", ["variant", "shards", "bin", "bare", "bare-beside-scheduler", "old-names"])
+@pytest.mark.parametrize(
+    "how", ["variant", "shards", "shards-of-a-variant", "bin", "bare", "bare-beside-scheduler", "old-names"]
+)
 def test_every_way_of_keeping_the_weights(tmp_path, how):
     """fp16 files, shards, PyTorch's own, a network without its pipeline, names of an older version."""
     pipeline = DDPMPipeline(their_unet(), DDPMScheduler(num_train_timesteps=T))
@@ -225,8 +227,8 @@ def test_every_way_of_keeping_the_weights(tmp_path, how):
     if how == "variant":
         pipeline.unet.half().float()  # what is kept in 16 bits comes back as those
         pipeline.save_pretrained(folder, variant="fp16")
-    elif how == "shards":
-        pipeline.save_pretrained(folder, max_shard_size="20KB")
+    elif how.startswith("shards"):
+        pipeline.save_pretrained(folder, max_shard_size="20KB", variant="fp16" if "variant" in how else None)
         assert len(list((folder / "unet").glob("*-of-*"))) > 2
     elif how == "bin":
         pipeline.save_pretrained(folder, safe_serialization=False)
