@@ -22,6 +22,12 @@ TABLES = [name for name in EVERY if isinstance(EVERY[name](), Table)]
 PRESERVING = [name for name in EVERY if isinstance(EVERY[name](), VariancePreserving)]
 
 
+@pytest.fixture
+def every() -> dict[str, Callable[[], Schedule]]:
+    """All schedules by name."""
+    return EVERY
+
+
 @pytest.fixture(params=EVERY)
 def schedule(request) -> Schedule:
     """Each schedule in turn."""

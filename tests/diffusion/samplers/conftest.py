@@ -14,8 +14,21 @@ from reverie.diffusion.denoisers import Denoiser
 from reverie.diffusion.oracles import Mixture
 from reverie.diffusion.process import diffuse
 from reverie.diffusion.samplers.base import Sampler, run
+from reverie.diffusion.schedules import Schedule
 
 RATE = 1e-5
+ALIKE = ["scaled-linear", "cosine", "sigmoid", "sigmoid-in-beta", "linear-50", "cosine-without-offset"]
+QUICK = [
+    *("linear", "scaled-linear-zero-snr", "cosine-10-zero-snr", "cosine-continuous"),
+    *("vp", "sub-vp", "ve", "edm", "flow"),
+]
+
+
+@pytest.fixture(params=[*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in ALIKE)])
+def schedule(request, every) -> Schedule:
+    """Each schedule in turn; those that differ from another in their numbers alone, among the slow tests."""
+    assert sorted(every) == sorted([*QUICK, *ALIKE])
+    return every[request.param]()
 
 
 @dataclass(frozen=True)

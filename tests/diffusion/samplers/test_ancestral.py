@@ -45,13 +45,13 @@ def test_one_step_is_algorithm_2():
 def test_its_moments_converge_to_the_datas_on_every_schedule(schedule, variance, line, moments):
     """Exactly, with no sampling: the error in the variance is small, and halves with the step."""
     mean, errors = 0.0, []
-    for steps in (10,) if isinstance(schedule, Table) and schedule.timesteps < 40 else (20, 40):
+    for steps in (10,) if isinstance(schedule, Table) and schedule.timesteps < 40 else (24, 48):
         mean, spread = moments(DDPM(variance), line(schedule), grids["log-snr"](schedule, steps), 0.3, 0.25)
         errors.append(spread - 0.25)
     assert mean == pytest.approx(0.3, abs=0.02)
     assert abs(errors[-1]) < 0.25 * (0.35 if len(errors) == 2 else 0.7)
     if len(errors) == 2:
-        assert errors[0] / errors[1] == pytest.approx(2, abs=0.8)
+        assert errors[0] / errors[1] == pytest.approx(2, abs=0.5)
 
 
 @pytest.mark.parametrize(("name", "variance"), [("linear", "small"), ("linear", "large"), ("edm", "small")])

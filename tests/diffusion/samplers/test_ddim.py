@@ -70,7 +70,7 @@ def test_it_converges_to_the_exact_flow_with_order_one(schedule, gaussian):
     oracle, x = gaussian(schedule), torch.randn(6, 2, dtype=F64, generator=torch.Generator().manual_seed(0))
     x = x * schedule.prior_std(torch.ones(1, dtype=F64))
     exact = oracle.flow(x, torch.ones(6, dtype=F64), torch.zeros(6, dtype=F64))
-    errors = [(final(DDIM(), oracle, x, grids["log-snr"](schedule, n)) - exact).norm() for n in (30, 60, 120)]
+    errors = [(final(DDIM(), oracle, x, grids["log-snr"](schedule, n)) - exact).norm() for n in (20, 40, 80)]
     orders = [math.log2(a / b) for a, b in pairwise(errors)]
     assert all(0.7 < order < 1.4 for order in orders), (errors, orders)
     assert errors[-1] < 0.05 * exact.norm()
@@ -79,13 +79,13 @@ def test_it_converges_to_the_exact_flow_with_order_one(schedule, gaussian):
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 def test_its_moments_converge_to_the_datas_on_every_schedule(schedule, eta, line, moments):
     mean, errors = 0.0, []
-    for steps in (10,) if isinstance(schedule, Table) and schedule.timesteps < 40 else (20, 40):
+    for steps in (10,) if isinstance(schedule, Table) and schedule.timesteps < 40 else (24, 48):
         mean, spread = moments(DDIM(eta), line(schedule), grids["log-snr"](schedule, steps), 0.3, 0.25)
         errors.append(spread - 0.25)
     assert mean == pytest.approx(0.3, abs=0.02)
     assert abs(errors[-1]) < 0.25 * (0.35 if len(errors) == 2 else 0.7)
-    if len(errors) == 2 and eta != 0.5:  # at 0.5 the errors of both ends nearly cancel
-        assert errors[0] / errors[1] == pytest.approx(2, abs=0.8)
+    if len(errors) == 2:
+        assert errors[0] / errors[1] == pytest.approx(2, abs=0.5)
 
 
 @pytest.mark.parametrize(
@@ -227,8 +227,15 @@ def in_double(scheduler):
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
-@pytest.mark.parametrize(("prediction", "name"), [("eps", "epsilon"), ("v", "v_prediction"), ("x0", "sample")])
-@pytest.mark.parametrize(("spacing", "steps"), [("leading", 50), ("leading", 10), ("trailing", 20)])
+@pytest.mark.parametrize(
+    ("prediction", "name", "spacing", "steps"),
+    [
+        ("eps", "epsilon", "leading", 50),
+        ("v", "v_prediction", "leading", 10),
+        ("x0", "sample", "leading", 10),
+        ("eps", "epsilon", "trailing", 20),
+    ],
+)
 def test_the_same_trajectory_as_diffusers(eta, prediction, name, spacing, steps):
     """Where theirs is right: the steps divide 1000, so that all strides are the one that it assumes."""
     scheduler = in_double(DDIMScheduler(prediction_type=name, clip_sample=False, timestep_spacing=spacing))
