@@ -18,7 +18,7 @@ def run(make, tmp_path):
     (folder / "card.json").write_text(make().card.model_dump_json())
     for step in (5, 10):
         state = {name: make(seed=step + i).denoiser.network.state_dict() for i, name in enumerate(GROUPS)}
-        record = {"averages": ["ema-0.99", "ema-0.9"], "progress": {"step": step, "seconds": 2.5}}
+        record = {"averages": ["ema-0.99", "ema-0.9"], "training": {"steps": step, "seconds": 2.5}}
         store.save(step, state | {"optimizer": {"a/step": torch.ones(1)}}, record)
     return folder
 
@@ -35,6 +35,14 @@ def test_the_newest_checkpoints_weights(run, make, ema, seed):
     assert model.origin == {"checkpoint": "step-00000010", "weights": GROUPS[seed - 10]}
     assert (model.card.training.steps, model.card.training.seconds) == (10, 2.5)
     assert model.sample(1, steps=1).record["model"]["checkpoint"] == "step-00000010"
+
+
+def test_a_checkpoint_without_a_record_of_its_training(make, tmp_path):
+    store = CheckpointStore(tmp_path / "checkpoints")
+    store.prepare()
+    (tmp_path / "card.json").write_text(make().card.model_dump_json())
+    store.save(3, {"model": make().denoiser.network.state_dict()}, {"training": {"steps": -1}})
+    assert load(tmp_path).card.training.steps == 3
 
 
 def test_one_checkpoint_of_many(run, make):
