@@ -266,6 +266,18 @@ def test_a_folder_in_use_is_refused(tmp_path, monkeypatch):
     assert len(refusals) == 2
 
 
+def watch(monkeypatch) -> list[int]:
+    """Return a list that the steps of a run are added to as it reaches them."""
+    reached, milestones = [], Run.milestones
+
+    def watched(self):
+        reached.append(self.progress.step)
+        milestones(self)
+
+    monkeypatch.setattr(Run, "milestones", watched)
+    return reached
+
+
 def full_disk(monkeypatch, fails):
     """Let writes into checkpoints fail as on a full disk while `fails()` says so."""
     put = storage.put
@@ -279,14 +291,7 @@ def full_disk(monkeypatch, fails):
 
 
 def test_a_full_disk_is_reported_and_the_next_save_tried(tmp_path, monkeypatch):
-    reached = []
-    milestones = Run.milestones
-
-    def watched(self):
-        reached.append(self.progress.step)
-        milestones(self)
-
-    monkeypatch.setattr(Run, "milestones", watched)
+    reached = watch(monkeypatch)
     full_disk(monkeypatch, lambda: reached and reached[-1] == 6)
     report = go(tmp_path / "run", steps=8)
     assert "step 6 was not saved" in report
@@ -294,14 +299,7 @@ def test_a_full_disk_is_reported_and_the_next_save_tried(tmp_path, monkeypatch):
 
 
 def test_a_last_save_that_fails_ends_with_the_older_checkpoint_whole(tmp_path, monkeypatch):
-    reached = []
-    milestones = Run.milestones
-
-    def watched(self):
-        reached.append(self.progress.step)
-        milestones(self)
-
-    monkeypatch.setattr(Run, "milestones", watched)
+    reached = watch(monkeypatch)
     full_disk(monkeypatch, lambda: reached and reached[-1] > 3)
     with pytest.raises(StorageError) as caught:
         go(tmp_path / "run", steps=5)
