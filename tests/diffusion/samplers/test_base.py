@@ -1,5 +1,7 @@
 """The state machine: rows at any step share a batch, leave, join, are saved and go on; the loop says what failed."""
 
+from itertools import product
+
 import pytest
 import torch
 from safetensors.torch import load, save
@@ -91,11 +93,11 @@ class Counting(Denoiser):
         return self.denoiser(x, t, condition)
 
 
-@pytest.mark.parametrize("spacing", grids)
-def test_asked_for_n_steps_it_runs_n_each_from_where_the_last_one_ended(schedule, sampler, spacing, mixture):
-    for steps in (1, 3):
-        counting = Counting(mixture(schedule))
-        grid, noise = grids[spacing](schedule, steps), Noise([0, 1])
+def test_asked_for_n_steps_it_runs_n_each_from_where_the_last_one_ended(schedule, sampler, mixture):
+    """On every grid: as many evaluations as steps, each at the time where the step before it ended."""
+    oracle, noise = mixture(schedule), Noise([0, 1])
+    for spacing, steps in product(grids, (1, 3)):
+        counting, grid = Counting(oracle), grids[spacing](schedule, steps)
         states = list(run(sampler, counting, start(sampler, schedule, (2,), grid[0].item(), noise), grid, noise))
         assert len(states) == steps
         assert len(counting.asked) == steps * sampler.evaluations
