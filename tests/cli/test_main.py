@@ -289,7 +289,8 @@ def test_a_full_disk_under_standard_output(process):
 
 
 STAND_IN = """
-import sys, time, types
+import signal, sys, time, types
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 from reverie.cli.console import note, result
 from reverie.cli.options import Command
 def callback():
