@@ -97,6 +97,16 @@ def test_single_precision_agrees_with_double(schedule):
     close(schedule.time(schedule.log_snr(t)).double(), t.double(), rtol=1e-4, atol=1e-6)
 
 
+def test_coefficients_have_the_same_bits_in_any_batch(schedule):
+    """What a sample gets must not depend on its neighbours' times: vectorised and scalar loops round alike."""
+    t = torch.rand(67, dtype=F64, generator=torch.Generator().manual_seed(0)) * 0.998 + 0.001
+    whole = torch.stack([*schedule.marginal(t), schedule.timestep(t), schedule.log_snr(t)])
+    for size in (1, 3, 8):
+        parts = [t[i : i + size] for i in range(0, len(t), size)]
+        split = [torch.stack([*schedule.marginal(u), schedule.timestep(u), schedule.log_snr(u)]) for u in parts]
+        assert torch.equal(torch.cat(split, 1), whole)
+
+
 def within(schedule, count=60):
     """Times that keep clear of a table's entries, where its slope jumps."""
     if isinstance(schedule, Table):
