@@ -37,13 +37,13 @@ def main() -> None:
     """Train, sample, judge, and write the grid."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="the run's folder")
-    parser.add_argument("--steps", type=int, default=1200, help="training steps")
+    parser.add_argument("--steps", type=int, default=800, help="training steps")
     parser.add_argument("--guidance", type=float, default=2.0, help="classifier-free guidance")
     options = parser.parse_args()
 
     run = rv.train(
-        data="digits", out=str(options.out), steps=options.steps, batch_size=64, resume="auto",
-        save_every=400, sample_every=0, validate_every=400,
+        data="digits", out=str(options.out), steps=options.steps, batch_size=32, resume="auto",
+        save_every=500, sample_every=0, validate_every=500,
     )  # fmt: skip
     model = rv.load(run)
 

@@ -61,10 +61,10 @@ class TrainConfig(BaseModel):
     time_scale_shift: bool = option("network", False, "time enters by scale and shift, not by addition")
     checkpointing: bool = option("network", False, "recompute activations in the backward pass: less memory, more time")
 
-    schedule: str = option("diffusion", "linear", "noise schedule: " + ", ".join(schedules))
+    schedule: str = option("diffusion", "cosine", "noise schedule: " + ", ".join(schedules))
     timesteps: int | None = option("diffusion", None, "entries of the schedule's table; 1000", ge=2, le=100_000)
     zero_snr: bool = option("diffusion", False, "rescale the table to zero terminal SNR")
-    prediction: str = option("diffusion", "eps", "what the network predicts: " + ", ".join(predictions))
+    prediction: str = option("diffusion", "v", "what the network predicts: " + ", ".join(predictions))
     learned_variance: bool = option("diffusion", False, "learn the variance too; needs --objective hybrid or vlb")
     objective: Literal["simple", "hybrid", "vlb"] = option("diffusion", "simple", "L_simple, L_hybrid or L_vlb")
     distance: Literal["l2", "l1", "huber"] = option("diffusion", "l2", "distance in L_simple")

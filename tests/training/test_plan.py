@@ -54,8 +54,8 @@ def test_a_learned_variance_doubles_the_output(digits):
         ({"schedule": "vp", "timesteps": 100}, "belong to a table"),
         ({"schedule": "edm", "zero_snr": True}, "belong to a table"),
         ({"schedule": "vp", "objective": "vlb"}, "needs a table"),
-        ({"zero_snr": True}, "has no meaning"),
-        ({"schedule": "flow"}, "has no meaning"),
+        ({"zero_snr": True, "prediction": "eps"}, "has no meaning"),
+        ({"schedule": "flow", "prediction": "eps"}, "has no meaning"),
         ({"attention": (True, False, True)}, "names 3 levels"),
     ],
 )

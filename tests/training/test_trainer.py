@@ -117,7 +117,9 @@ def test_a_folder_that_holds_a_run_is_refused(tmp_path):
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["thesis.doc"]
 
 
-@pytest.mark.parametrize("settings", [{"data": "nowhere"}, {"schedule": "flow"}, {"device": "tpu9"}])
+@pytest.mark.parametrize(
+    "settings", [{"data": "nowhere"}, {"schedule": "flow", "prediction": "eps"}, {"device": "tpu9"}]
+)
 def test_a_refused_run_makes_nothing(tmp_path, settings):
     with pytest.raises(UsageError):
         go(tmp_path / "run", steps=1, **settings)
