@@ -84,11 +84,11 @@ def test_a_worker_that_outlives_its_killed_parent_does_not_hold_its_lock(tmp_pat
         "import os, sys, time; from reverie.base.lock import RunLock\n"
         "with RunLock(sys.argv[1]):\n"
         "    worker = os.fork()\n"
-        "    if not worker: time.sleep(60); os._exit(0)\n"
-        "    print(worker, flush=True); time.sleep(60)\n"
+        "    if not worker: print(os.getpid(), flush=True); time.sleep(60); os._exit(0)\n"
+        "    time.sleep(60)\n"
     )
     run = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, text=True)
-    worker = int(run.stdout.readline())
+    worker = int(run.stdout.readline())  # said by the worker: its copy is closed by then
     try:
         with pytest.raises(UsageError), RunLock(tmp_path):
             pass
