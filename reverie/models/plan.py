@@ -78,6 +78,7 @@ class SamplingPlan:
         dtype: The network's dtype; None for float32.
         exact: Whether the bits of a sample are to depend on the model, the settings and its seed alone.
         batch_size: Samples that go through the steps together.
+        calls: How often the sampler asks the denoiser.
         kept: The steps after which the state is kept.
     """
 
@@ -96,6 +97,7 @@ class SamplingPlan:
     dtype: torch.dtype | None
     exact: bool
     batch_size: int
+    calls: int
     kept: tuple[int, ...] = ()
 
     @property
@@ -116,7 +118,7 @@ class SamplingPlan:
     @property
     def evaluations(self) -> int:
         """How often the network looks at each sample."""
-        return self.steps * self.sampler.evaluations * (2 if self.guided else 1)
+        return self.calls * (2 if self.guided else 1)
 
     @property
     def bucket(self) -> int | None:
@@ -209,6 +211,7 @@ def make_plan(
         dtype=denoiser.dtype if dtype is None else settle_dtype(dtype),
         exact=bool(exact),
         batch_size=settle_batch_size(card, len(seeds), batch_size),
+        calls=rule.count(denoiser.schedule, times),
         kept=settle_kept(intermediates, len(times) - 1),
     )
 

@@ -20,10 +20,11 @@ from torch import Tensor
 
 from reverie.base.errors import UsageError
 from reverie.base.randomness import Noise
-from reverie.diffusion.denoisers import Denoiser, Estimate, Times
+from reverie.diffusion.denoisers import Denoiser, Estimate
+from reverie.diffusion.levels import marginal
 from reverie.diffusion.predictions import per_sample
-from reverie.diffusion.process import Posterior, posterior
-from reverie.diffusion.samplers.base import Sampler, State
+from reverie.diffusion.process import Posterior, posterior_between
+from reverie.diffusion.samplers.base import Sampler, State, Step, ask
 
 Variance = Literal["small", "large", "learned"]
 
@@ -53,9 +54,9 @@ class DDPM(Sampler):
     def stochastic(self) -> bool:
         return True
 
-    def move(self, denoiser: Denoiser, state: State, s: Times, noise: Noise) -> State:
-        estimate = denoiser(state.x, state.t)
-        q = posterior(denoiser.schedule, s, state.t)
+    def move(self, denoiser: Denoiser, state: State, step: Step, noise: Noise) -> State:
+        estimate, s = ask(denoiser, state.x, state.t), step.s
+        q = posterior_between(marginal(step.there), marginal(step.here))
         mean = q.mean(estimate.x0, state.x)
         if bool((s == 0).all()):
             return replace(state, x=mean, x0=estimate.x0)

@@ -8,6 +8,7 @@ and join another, and a state that is saved and loaded goes on as if nothing had
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 import torch
 from jaxtyping import Float, Int64
@@ -15,7 +16,8 @@ from torch import Tensor
 
 from reverie.base.errors import NonFiniteError, UsageError
 from reverie.base.randomness import Noise
-from reverie.diffusion.denoisers import Denoiser, Times
+from reverie.diffusion.denoisers import Denoiser, Estimate, Times
+from reverie.diffusion.levels import Level, levels
 from reverie.diffusion.predictions import Data, per_sample
 from reverie.diffusion.schedules import Schedule
 
@@ -28,8 +30,8 @@ class State:
 
     Arguments:
         x: The noisy samples (B, *D).
-        t: Their times (B,), float64.
-        k: The steps each has taken (B,), int64; noise is drawn by it.
+        t: Their times (B,), float64, on the CPU: no step waits for a device to know where it is.
+        k: The steps each has taken (B,), int64, on the CPU; noise is drawn by it.
         x0: The last estimate of the clean samples (B, *D): a preview. Zero before the first step.
         memory: What a sampler keeps from step to step, by name, tensors of B rows.
     """
@@ -43,9 +45,10 @@ class State:
     def rows(self, index: Sequence[int] | Tensor) -> "State":
         """Return the state of some of the samples."""
         if not isinstance(index, Tensor):
-            index = torch.tensor(list(index), dtype=torch.int64, device=self.x.device)  # of no rows, too
-        memory = {name: value[index] for name, value in self.memory.items()}
-        return State(self.x[index], self.t[index], self.k[index], self.x0[index], memory)
+            index = torch.tensor(list(index), dtype=torch.int64)  # of no rows, too
+        memory = {name: value[index.to(value.device)] for name, value in self.memory.items()}
+        there, here = index.to(self.x.device), index.to(self.t.device)
+        return State(self.x[there], self.t[here], self.k[here], self.x0[there], memory)
 
     @staticmethod
     def join(states: Sequence["State"]) -> "State":
@@ -56,16 +59,42 @@ class State:
 
 
 @dataclass(frozen=True)
-class Sampler(ABC):
-    """A rule that moves samples from time t to time s.
+class Step:
+    """One step of each sample of a batch.
 
-    `evaluations` is how often a step calls the denoiser; `stochastic` says whether it draws noise.
+    Arguments:
+        here: What the schedule says of the time where each is.
+        there: What it says of the time where each goes.
+        left: How many steps follow this one, where that is known.
+        k: How many each has taken.
+        s: Where they go (B,), float64.
     """
 
-    @property
-    def evaluations(self) -> int:
-        """How often a step calls the denoiser."""
+    here: Sequence[Level]
+    there: Sequence[Level]
+    left: Sequence[int | None]
+    k: Sequence[int]
+    s: Times
+
+
+@dataclass(frozen=True)
+class Sampler(ABC):
+    """A rule that moves samples from time t to time s. `stochastic` says whether a step draws noise."""
+
+    def cost(self, here: Level, there: Level) -> int:
+        """Return how often the denoiser is called in a step from one level to another."""
         return 1
+
+    def count(self, schedule: Schedule, grid: Float[Tensor, " n"]) -> int:
+        """Return how often the denoiser is called along a grid (N + 1,).
+
+        Example:
+            >>> from reverie.diffusion.registry import grids, samplers, schedules
+            >>> schedule = schedules["edm"]()
+            >>> samplers["heun"]().count(schedule, grids["karras"](schedule, 18))
+            35
+        """
+        return sum(self.cost(here, there) for here, there in pairwise(levels(schedule, grid.tolist())))
 
     @property
     def stochastic(self) -> bool:
@@ -74,10 +103,16 @@ class Sampler(ABC):
 
     def init(self, x: Data, t: When) -> State:
         """Return the state of samples x (B, *D) at times t, (B,) or one for all."""
-        t = torch.as_tensor(t, dtype=torch.float64, device=x.device).expand(len(x))
-        return State(x, t, torch.zeros(len(x), dtype=torch.int64, device=x.device), torch.zeros_like(x))
+        k = torch.zeros(len(x), dtype=torch.int64)
+        return State(x, each(t, len(x)), k, torch.zeros_like(x), self.remember(x))
 
-    def step(self, denoiser: Denoiser, state: State, s: When, noise: Noise) -> State:
+    def remember(self, x: Data) -> dict[str, Tensor]:
+        """Return the memory before the first step."""
+        return {}
+
+    def step(
+        self, denoiser: Denoiser, state: State, s: When, noise: Noise, left: Sequence[int | None] | int | None = None
+    ) -> State:
         """Return the state with each sample moved from its time to its time s.
 
         Arguments:
@@ -85,19 +120,36 @@ class Sampler(ABC):
             state: Where the samples are.
             s: Where they go, (B,) or one for all, in [0, t).
             noise: The noise of each sample.
+            left: How many steps follow this one, for each or one for all, where that is known: some solvers
+                lower their order towards the end.
         """
-        s = torch.as_tensor(s, dtype=torch.float64, device=state.x.device).expand(len(state.x))
-        self.check_direction(state.t, s)
-        return replace(self.move(denoiser, state, s, noise), t=s, k=state.k + 1)
+        s = each(s, len(state.x))
+        t, to = state.t.tolist(), s.tolist()
+        self.check_direction(t, to)
+        known = levels(denoiser.schedule, t + to)
+        follow = [left] * len(t) if left is None or isinstance(left, int) else left
+        step = Step(known[: len(t)], known[len(t) :], follow, state.k.tolist(), s)
+        return replace(self.move(denoiser, state, step, noise), t=s, k=state.k + 1)
 
-    def check_direction(self, t: Times, s: Times) -> None:
+    def check_direction(self, t: Sequence[float], s: Sequence[float]) -> None:
         """Refuse a step that does not go towards the data."""
-        if not bool(((s < t) & (s >= 0)).all()):
-            raise UsageError(f"a step goes from t to s with 0 <= s < t; got t = {t.tolist()} and s = {s.tolist()}")
+        if not all(0 <= b < a for a, b in zip(t, s, strict=True)):
+            raise UsageError(f"a step goes from t to s with 0 <= s < t; got t = {t} and s = {s}")
 
     @abstractmethod
-    def move(self, denoiser: Denoiser, state: State, s: Times, noise: Noise) -> State:
-        """Return the state with x, x0 and memory as they are at s; `step` sees to t and k."""
+    def move(self, denoiser: Denoiser, state: State, step: Step, noise: Noise) -> State:
+        """Return the state with x, x0 and memory as they are at the step's end; `step` sees to t and k."""
+
+
+def each(t: When, count: int) -> Times:
+    """Return times (B,), float64, on the CPU, of one for each or one for all."""
+    return torch.as_tensor(t, dtype=torch.float64, device="cpu").expand(count)
+
+
+def ask(denoiser: Denoiser, x: Data, t: Times | Sequence[float]) -> Estimate:
+    """Return the denoiser's estimate for x (B, *D) at times t (B,), on x's device."""
+    estimate: Estimate = denoiser(x, torch.as_tensor(t, dtype=torch.float64, device=x.device))
+    return estimate
 
 
 def start(
@@ -110,7 +162,7 @@ def start(
 ) -> State:
     """Return the state of pure noise at time t, (B,) or one for all: draw 0 of each sample's noise, (B, *shape)."""
     z = noise(shape, [0] * len(noise.seeds)).to(device)
-    time = torch.as_tensor(t, dtype=torch.float64, device=z.device).expand(len(z))
+    time = each(t, len(z))
     return sampler.init(per_sample(schedule.prior_std(time), z) * z, time)
 
 
@@ -132,11 +184,13 @@ def run(
             f"the samples are at t = {state.t.tolist()}; a grid that begins there and has a next time is due, "
             f"not one of {grid.shape[-1]} times from {grid[..., :1].flatten().tolist()}"
         )
-    for k in range(1, grid.shape[-1]):
+    levels(denoiser.schedule, grid.unique().tolist())
+    last = grid.shape[-1] - 1
+    for k in range(1, last + 1):
         before = state
         # Not around the yield: the caller's code between two steps keeps its gradients.
         with torch.no_grad():
-            state = sampler.step(denoiser, state, grid[..., k], noise)
+            state = sampler.step(denoiser, state, grid[..., k], noise, last - k)
         check_finite(state, denoiser.schedule, before)
         yield state
 

@@ -12,16 +12,16 @@ References:
     https://arxiv.org/abs/2010.02502
 """
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-
-import torch
 
 from reverie.base.errors import UsageError
 from reverie.base.randomness import Noise
-from reverie.diffusion.denoisers import Denoiser, Times
-from reverie.diffusion.predictions import per_sample
+from reverie.diffusion.denoisers import Denoiser
+from reverie.diffusion.levels import Level, marginal, weighted
 from reverie.diffusion.process import posterior_between
-from reverie.diffusion.samplers.base import Sampler, State
+from reverie.diffusion.samplers.base import Sampler, State, Step, ask
 
 
 @dataclass(frozen=True)
@@ -49,18 +49,20 @@ class DDIM(Sampler):
     def stochastic(self) -> bool:
         return self.eta > 0
 
-    def move(self, denoiser: Denoiser, state: State, s: Times, noise: Noise) -> State:
-        estimate = denoiser(state.x, state.t)
-        at_s = denoiser.schedule.marginal(s)
-        tau = torch.zeros_like(s)
-        if self.eta:
-            tau = self.eta * posterior_between(at_s, denoiser.schedule.marginal(state.t)).small.sqrt()
-        kept = (at_s.sigma.square() - tau.square()).clamp(min=0).sqrt() if self.eta else at_s.sigma
-        x = per_sample(at_s.alpha, state.x) * estimate.x0
-        x = torch.addcmul(x, per_sample(kept, x), estimate.eps)
-        if self.eta and bool((tau > 0).any()):
-            x = torch.addcmul(x, per_sample(tau, x), noise.like(x, state.k + 1))
-        return replace(state, x=x, x0=estimate.x0)
+    def move(self, denoiser: Denoiser, state: State, step: Step, noise: Noise) -> State:
+        estimate = ask(denoiser, state.x, state.t)
+        tau = [self.eta * std for std in small_stds(step)] if self.eta else [0.0] * len(step.here)
+        kept = [math.sqrt(max(s.sigma**2 - b**2, 0)) for s, b in zip(step.there, tau, strict=True)]
+        terms = [([s.alpha for s in step.there], estimate.x0), (kept, estimate.eps)]
+        if any(tau):
+            terms.append((tau, noise.like(state.x, state.k + 1)))
+        return replace(state, x=weighted(terms), x0=estimate.x0)
+
+
+def small_stds(step: Step) -> list[float]:
+    """Return the standard deviation tau of the posterior q(x_s | x_t, x_0) of each sample's step."""
+    stds: list[float] = posterior_between(marginal(step.there), marginal(step.here)).small.sqrt().tolist()
+    return stds
 
 
 @dataclass(frozen=True)
@@ -78,25 +80,22 @@ class DDIMInversion(Sampler):
 
     iterations: int = 4
 
-    @property
-    def evaluations(self) -> int:
+    def cost(self, here: Level, there: Level) -> int:
         return self.iterations
 
     def __post_init__(self) -> None:
         if self.iterations < 1:
             raise UsageError(f"iterations is {self.iterations}; it must be at least 1")
 
-    def check_direction(self, t: Times, s: Times) -> None:
-        if not bool(((s > t) & (s <= 1)).all()):
-            raise UsageError(f"inversion goes from t to a later time, at most 1; got {t.tolist()} and {s.tolist()}")
+    def check_direction(self, t: Sequence[float], s: Sequence[float]) -> None:
+        if not all(a < b <= 1 for a, b in zip(t, s, strict=True)):
+            raise UsageError(f"inversion goes from t to a later time, at most 1; got {t} and {s}")
 
-    def move(self, denoiser: Denoiser, state: State, s: Times, noise: Noise) -> State:
-        here, there = denoiser.schedule.marginal(state.t), denoiser.schedule.marginal(s)
-        ratio = there.alpha / here.alpha
-        carried = per_sample(ratio, state.x) * state.x
-        added = per_sample(there.sigma - ratio * here.sigma, state.x)
-        x = carried
+    def move(self, denoiser: Denoiser, state: State, step: Step, noise: Noise) -> State:
+        ratio = [b.alpha / a.alpha for a, b in zip(step.here, step.there, strict=True)]
+        added = [b.sigma - r * a.sigma for r, a, b in zip(ratio, step.here, step.there, strict=True)]
+        x = weighted([(ratio, state.x)])
         for _ in range(self.iterations):
-            estimate = denoiser(x, s)
-            x = carried + added * estimate.eps
+            estimate = ask(denoiser, x, step.s)
+            x = weighted([(ratio, state.x), (added, estimate.eps)])
         return replace(state, x=x, x0=estimate.x0)

@@ -10,13 +10,23 @@ from reverie.base.errors import NonFiniteError, UsageError
 from reverie.base.randomness import Noise
 from reverie.diffusion.denoisers import Denoiser, Estimate, FixedBatch, NetworkDenoiser
 from reverie.diffusion.registry import grids, samplers
+from reverie.diffusion.samplers.adams import DEIS
 from reverie.diffusion.samplers.ancestral import DDPM
-from reverie.diffusion.samplers.base import State, run, sample, start
+from reverie.diffusion.samplers.base import Sampler, State, run, sample, start
 from reverie.diffusion.samplers.ddim import DDIM
+from reverie.diffusion.samplers.runge_kutta import Euler
+from reverie.diffusion.samplers.unipc import UniPC
 from reverie.diffusion.schedules import EDM, VE, Flow, table
 
 F64 = torch.float64
-EVERY = {"ddpm": DDPM(), "ddpm large": DDPM("large"), "ddim": DDIM(), "ddim 0.5": DDIM(0.5), "ddim 1": DDIM(1.0)}
+EVERY = {name: samplers[name]() for name in samplers}
+EVERY |= {
+    "ddpm large": DDPM("large"),
+    "ddim 0.5": DDIM(0.5),
+    "ddim 1": DDIM(1.0),
+    "deis lambda": DEIS(variable="lambda"),
+}
+EVERY |= {"unipc 1": UniPC(1), "unipc 2": UniPC(2), "unipc alone": UniPC(corrector=False), "churned": Euler(churn=3.0)}
 
 
 @pytest.fixture(params=EVERY)
@@ -25,19 +35,21 @@ def sampler(request):
 
 
 def test_rows_at_different_times_are_as_if_each_were_alone(schedule, sampler, mixture):
-    oracle = mixture(schedule)
-    t = torch.tensor([1.0, 0.8, 0.3, schedule.t_min], dtype=F64)
-    s = torch.tensor([0.7, 0.75, 0.0, 0.0], dtype=F64)
-    x, k = torch.randn(4, 2, dtype=F64, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 3, 9, 20])
-    noise = Noise([7, 5, 5, 8])
-    state = State(x, t, k, torch.zeros_like(x))
-    together = sampler.step(oracle, state, s, noise)
-    assert together.k.tolist() == [1, 4, 10, 21]
-    assert torch.equal(together.t, s)
+    """Four samples, each on times of its own, from t = 1 and to t = 0 and within."""
+    oracle, noise = mixture(schedule), Noise([7, 5, 5, 8])
+    ends = torch.tensor([[1.0, 0.3], [0.8, 0.75], [0.3, 0.0], [1.0, 0.0]], dtype=F64)
+    grid = ends[:, :1] + (ends[:, 1:] - ends[:, :1]) * torch.linspace(0, 1, 5, dtype=F64) ** torch.tensor(
+        [[1], [1], [2], [0.5]]
+    )
+    grid[:, -1] = ends[:, 1]
+    x = torch.randn(4, 2, dtype=F64, generator=torch.Generator().manual_seed(0))
+    *_, together = run(sampler, oracle, sampler.init(x, grid[:, 0]), grid, noise)
+    assert torch.equal(together.t, grid[:, -1])
+    assert together.k.tolist() == [4] * 4
     for i in range(4):
-        alone = sampler.step(oracle, state.rows([i]), s[i : i + 1], noise.rows([i]))
-        torch.testing.assert_close(alone.x, together.x[i : i + 1], rtol=1e-12, atol=1e-12)
-        torch.testing.assert_close(alone.x0, together.x0[i : i + 1], rtol=1e-12, atol=1e-12)
+        *_, alone = run(sampler, oracle, sampler.init(x[i : i + 1], grid[i, 0].item()), grid[i], noise.rows([i]))
+        torch.testing.assert_close(alone.x, together.x[i : i + 1], rtol=1e-11, atol=1e-11)
+        torch.testing.assert_close(alone.x0, together.x0[i : i + 1], rtol=1e-11, atol=1e-11)
 
 
 def test_rows_leave_and_join(sampler, mixture):
@@ -57,8 +69,9 @@ def test_rows_leave_and_join(sampler, mixture):
             order = [4, 2, 0, 3, 1]
             state, alive = state.rows(order), [alive[i] for i in order]
         s = torch.stack([plans[i][k + 1] for i, k in zip(alive, state.k.tolist(), strict=True)])
+        left = [len(plans[i]) - k - 2 for i, k in zip(alive, state.k.tolist(), strict=True)]
         with torch.no_grad():
-            state = sampler.step(oracle, state, s, Noise([seeds[i] for i in alive]))
+            state = sampler.step(oracle, state, s, Noise([seeds[i] for i in alive]), left)
         done |= {i: state.x[row] for row, i in enumerate(alive) if s[row] == 0}
         stay = [row for row, i in enumerate(alive) if i not in done]
         state, alive = state.rows(stay), [alive[row] for row in stay]
@@ -74,7 +87,8 @@ def test_a_saved_state_goes_on_as_if_nothing_had_happened(sampler, mixture):
     states = list(run(sampler, oracle, start(sampler, oracle.schedule, (2,), 1.0, noise), grid, noise))
     half = states[3]
     names = ("x", "t", "k", "x0")
-    kept = load(save({name: getattr(half, name).contiguous() for name in names} | half.memory))
+    everything = {name: getattr(half, name) for name in names} | half.memory
+    kept = load(save({name: value.clone() for name, value in everything.items()}))
     again = State(*(kept.pop(name) for name in names), memory=kept)
     *_, last = run(sampler, oracle, again, grid[4:], noise)
     assert torch.equal(last.x, states[-1].x)
@@ -100,8 +114,9 @@ def test_asked_for_n_steps_it_runs_n_each_from_where_the_last_one_ended(schedule
         counting, grid = Counting(oracle), grids[spacing](schedule, steps)
         states = list(run(sampler, counting, start(sampler, schedule, (2,), grid[0].item(), noise), grid, noise))
         assert len(states) == steps
-        assert len(counting.asked) == steps * sampler.evaluations
-        assert [rows[0] for rows in counting.asked] == grid[:-1].tolist()
+        assert len(counting.asked) == sampler.count(schedule, grid)
+        if len(counting.asked) == steps and not getattr(sampler, "churn", 0):
+            assert [rows[0] for rows in counting.asked] == grid[:-1].tolist()
         assert [state.t[0].item() for state in states] == grid[1:].tolist()
         assert states[-1].k.tolist() == [steps, steps]
         assert bool(states[-1].x.isfinite().all())
@@ -229,9 +244,12 @@ def test_numbers_that_are_not_finite_end_the_loop_with_the_step_and_its_noise(sa
     grid = grids["trailing"](schedule, 5)
     loop = run(sampler, Failing(schedule, 0.5), start(sampler, schedule, (2,), 1.0, noise), grid, noise)
     taken = []
-    with pytest.raises(NonFiniteError, match=r"step 4 \(sigma 0\.4\) .* in sample 1 and 0 others") as caught:
+    # A step of several evaluations meets the NaN one step before, at its end.
+    said = r"step (3 \(sigma 0\.6\)|4 \(sigma 0\.4\)) .* in sample 1 and 0 others"
+    with pytest.raises(NonFiniteError, match=said) as caught:
         taken.extend(loop)
-    assert len(taken) == 3
+    assert len(taken) == (2 if "step 3" in str(caught.value) else 3)
+    assert len(taken) == 3 or sampler.count(schedule, grid) > 5 or getattr(sampler, "churn", 0)
     assert caught.value.exit_code == 5
 
 
@@ -264,6 +282,8 @@ def test_a_grid_that_begins_elsewhere_is_refused(mixture):
 
 
 def test_unknown_samplers_have_a_nearest_name():
-    assert {name: samplers[name] for name in samplers} == {"ddpm": DDPM, "ddim": DDIM}
+    assert samplers["ddpm"] is DDPM
+    assert samplers["ddim"] is DDIM
+    assert all(issubclass(samplers[name], Sampler) for name in samplers)
     with pytest.raises(UsageError, match="there is no sampler 'dimm', did you mean ddim"):
         samplers["dimm"]

@@ -16,7 +16,7 @@ from reverie.diffusion.registry import grids, schedules
 from reverie.diffusion.samplers.ancestral import DDPM
 from reverie.diffusion.samplers.base import run, sample
 from reverie.diffusion.samplers.ddim import DDIM, DDIMInversion
-from reverie.diffusion.schedules import Table, table
+from reverie.diffusion.schedules import Flow, Table, table
 
 F64 = torch.float64
 
@@ -196,7 +196,7 @@ def test_inversion_asks_the_model_where_ddim_does_and_says_how_often(mixture):
     grid = grids["trailing"](oracle.schedule, 4)
     final(DDIMInversion(3), oracle, torch.randn(1, 2, dtype=F64), grid.flip(0))
     assert asked == [t for t in grid.flip(0)[1:].tolist() for _ in range(3)]
-    assert DDIMInversion(3).evaluations == 3
+    assert DDIMInversion(3).count(Flow(), torch.tensor([0.0, 0.5, 1.0]).double()) == 6
     assert not DDIMInversion().stochastic
 
 
