@@ -332,6 +332,19 @@ def test_zero_terminal_snr_is_patched_with_a_little_signal(name):
     torch.testing.assert_close(guess.double() - oracle.means, 2**-12 * shown.double(), rtol=0.05, atol=1e-5)
 
 
+def test_karras_timesteps_are_rounded(gaussian):
+    """The network is told of another noise level than x has, up to half a timestep away, and the error is larger."""
+    oracle, x = gaussian(LINEAR), normal((16, 2), 1, "start").double()
+    options = {"use_karras_sigmas": True, "final_sigmas_type": "zero", "solver_order": 2}
+    scheduler = set_up("DPMSolverMultistepScheduler", 40, **options)
+    grid = grids.from_times(LINEAR.time(-2 * scheduler.sigmas[:-1].log()).clamp(max=1).tolist())
+    assert (LINEAR.timestep(grid[:-1]) - scheduler.timesteps).abs().max() > 0.4
+    exact = oracle.flow(x, grid[:1].expand(16), torch.zeros(16, dtype=F64))
+    eps = lambda x, t: oracle(x, LINEAR.time_of_timestep(t)).eps  # noqa: E731
+    found, their = ours(DPMpp2M(), oracle, x, grid)[-1], theirs(scheduler, eps, x)[-1]
+    assert (their - exact).norm() > 1.02 * (found - exact).norm()
+
+
 def third(lam, x, past, k):
     """Their third-order update from node k of a grid in lambda, x (B, D) and the last three estimates of the data."""
     scheduler = diffusers.DPMSolverMultistepScheduler(solver_order=3)
