@@ -15,7 +15,7 @@ References:
     https://huggingface.co/docs/diffusers/api/schedulers/overview
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -48,26 +48,26 @@ class StepOutput:
     pred_original_sample: Tensor
 
 
-class Config(Mapping[str, Any]):
-    """A scheduler's configuration, read as config["name"] or config.name. It is no dict: a pipeline that would make
-    another scheduler of it (DDIMPipeline does, of what it is constructed with) fails instead."""
+class Config(dict[str, Any]):
+    """A scheduler's configuration, read as config["name"] or config.name.
 
-    def __init__(self, **values: Any) -> None:
-        self._values = values
-
-    def __getitem__(self, name: str) -> Any:
-        return self._values[name]
+    Raises:
+        UsageError: It is made another scheduler of, as DDIMPipeline does with whatever it is constructed with.
+    """
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("_") or name not in self._values:
+        if name not in self:
             raise AttributeError(f"the configuration has no {name}")
-        return self._values[name]
+        return self[name]
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._values)
-
-    def __len__(self) -> int:
-        return len(self._values)
+    def get(self, name: str, default: Any = None) -> Any:
+        """Return what goes by a name, or the default."""
+        if name == "_use_default_values":  # what diffusers' from_config, and nothing else, looks for
+            raise UsageError(
+                "no scheduler of diffusers can be made of a reverie sampler; where a pipeline does that with the one "
+                "that it is constructed with, set pipeline.scheduler afterwards"
+            )
+        return super().get(name, default)
 
 
 class Asked(Exception):  # noqa: N818 - it is no error

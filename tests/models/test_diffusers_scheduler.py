@@ -90,6 +90,8 @@ def test_ddim_pipeline_takes_it_in_place_of_its_own(unet):
     torch.testing.assert_close(
         torch.from_numpy(found), (want / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1), atol=1e-5, rtol=0
     )
+    with pytest.raises(UsageError, match=r"set pipeline.scheduler afterwards"):
+        DDIMPipeline(unet, pipeline.scheduler)
     with pytest.raises(UsageError, match=r"eta is 0.5, which the pipeline can't set"):
         pipeline(1, num_inference_steps=2, eta=0.5)
     with pytest.raises(UsageError, match="use_clipped_model_output, which DPMpp2M"):
