@@ -122,6 +122,22 @@ def test_other_schedules_and_predictions(name, schedule, prediction, grid):
     torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-5)
 
 
+def test_a_learned_variance():
+    """The network's output has twice the channels."""
+
+    class Double(Net):
+        def forward(self, x, time):
+            return torch.cat([super().forward(x, time), torch.tanh(x)], 1)
+
+    sampler, grid = samplers["ddpm"]("learned"), grids["trailing"](LINEAR, 6)
+    x = normal((2, 1, 4, 4), 0, "start").double()
+    scheduler = as_scheduler(sampler, LINEAR, learned_variance=True)
+    found = loop(scheduler, Double(), x, 6, generator=torch.Generator().manual_seed(3))
+    denoiser = NetworkDenoiser(Double(), LINEAR, "eps", learned_variance=True)
+    *_, last = run(sampler, denoiser, sampler.init(x, 1.0), grid, Noise([3, 4]))
+    torch.testing.assert_close(found, last.x, rtol=1e-5, atol=1e-5)
+
+
 def test_the_estimate_and_the_attributes():
     scheduler = as_scheduler(samplers["heun"](), LINEAR, "v")
     assert scheduler.config.prediction_type == scheduler.config["prediction_type"] == "v_prediction"

@@ -29,7 +29,7 @@ from reverie.diffusion.samplers.runge_kutta import DPM2, DPM2Ancestral, Euler, E
 from reverie.diffusion.samplers.unipc import UniPC
 from reverie.diffusion.schedules import EDM, VP, Flow, table
 
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # theirs
+pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")  # theirs
 
 F64 = torch.float64
 NOISE = Noise([3, 4])
