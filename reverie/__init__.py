@@ -14,7 +14,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 _PLACES = {
-    "reverie.api": ("again", "load", "sample", "save", "train"),
+    "reverie.api": ("again", "load", "sample", "save", "train", "tune"),
     "reverie.base.errors": (
         "DataError", "ModelFileError", "NonFiniteError", "OutOfMemoryError", "ReverieError", "Stopped", "StorageError",
         "UsageError",
@@ -24,7 +24,9 @@ _PLACES = {
     "reverie.diffusion.denoisers": (
         "Clipped", "Denoiser", "Estimate", "FixedBatch", "NetworkDenoiser", "Thresholded",
     ),
+    "reverie.diffusion.flow_likelihood": ("Likelihood", "discrete_log_likelihood", "log_likelihood"),
     "reverie.diffusion.guidance.classifier_free": ("ClassifierFree", "Conditioned"),
+    "reverie.diffusion.k_diffusion": ("from_k_diffusion", "to_k_diffusion"),
     "reverie.diffusion.oracles": ("Mixture",),
     "reverie.diffusion.process": ("diffuse", "posterior"),
     "reverie.diffusion.registry": ("grids", "predictions", "samplers", "schedules", "weights"),
@@ -33,6 +35,7 @@ _PLACES = {
     "reverie.diffusion.samplers.ddim": ("DDIM", "DDIMInversion"),
     "reverie.diffusion.schedules": ("Schedule", "Table"),
     "reverie.models.card": ("Card",),
+    "reverie.models.diffusers_scheduler": ("as_scheduler",),
     "reverie.models.inspect": ("describe", "describe_text"),
     "reverie.models.model": ("Model", "Samples", "to_uint8"),
     "reverie.models.pictures": ("animation", "grid_picture", "read_provenance", "write_pictures"),

@@ -7,7 +7,7 @@ samples = rv.sample(model, 16, classes=7, steps=20, guidance=2.0, seed=0)
 samples.pil()[0].save("seven.png")
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from reverie.models.load import load
 from reverie.models.model import Model, Samples
 from reverie.models.provenance import again
 
-__all__ = ["again", "load", "sample", "save", "train"]
+__all__ = ["again", "load", "sample", "save", "train", "tune"]
 
 
 def sample(model: Model | Path | str, n: int = 1, **options: Any) -> Samples:
@@ -75,6 +75,35 @@ def train(resume: str | bool = False, **options: Any) -> Path:
     if resume not in (False, True, "auto"):
         raise UsageError(f"resume is {resume!r}; it must be True, False or 'auto'")
     return run_training(make_config(options), "auto" if resume == "auto" else "yes" if resume else "no")
+
+
+def tune(model: Model | Path | str, steps: int | Sequence[int], store: bool = True, **options: Any) -> Model:
+    """Fit a solver to a model for each number of steps, so that sampler "auto" uses it. The network is not trained.
+
+    Arguments:
+        model: A model, or the path of one.
+        steps: The numbers of evaluations.
+        store: Of a model by its path, also keep the solvers in its card there.
+        options: As `tune_model` takes them: guidance, samples, walks, seed, report.
+
+    Returns:
+        The model, with the solvers in its card.
+
+    Raises:
+        UsageError: An option is unknown or out of range, or there is no card at the path to keep a solver in.
+        OutOfMemoryError: There is not enough memory for the trajectories.
+
+    Example:
+        model = rv.tune("runs/digits", steps=[5, 8])
+    """
+    from reverie.models.rewrite import store_solvers, with_solvers
+    from reverie.models.tuning import tune_model
+
+    found = model if isinstance(model, Model) else load(model)
+    solvers = tune_model(found, [steps] if isinstance(steps, int) else list(steps), **options)
+    if store and not isinstance(model, Model):
+        store_solvers(model, solvers)
+    return Model(found.denoiser, with_solvers(found.card, solvers), found.source, found.origin, found.warnings)
 
 
 def make_config(options: Mapping[str, Any]) -> Any:

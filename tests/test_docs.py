@@ -18,6 +18,7 @@ from reverie.cli.data import DataSettings
 from reverie.cli.main import COMMANDS, cli
 from reverie.cli.options import settle
 from reverie.cli.sample import SampleSettings
+from reverie.cli.tune import TuneSettings
 from reverie.models.plan import bucket_rows
 from reverie.training.config import TrainConfig
 
@@ -25,7 +26,7 @@ ROOT = Path(__file__).parent.parent
 HANDBOOK = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *HANDBOOK]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-SETTINGS = {"train": TrainConfig, "sample": SampleSettings, "data": DataSettings}
+SETTINGS = {"train": TrainConfig, "sample": SampleSettings, "data": DataSettings, "tune": TuneSettings}
 TINY = {"preset": "tiny", "steps": 2, "batch_size": 8, "sample_every": 0, "validate_every": 0}
 
 

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from reverie.base.errors import ReverieError, Stopped, UsageError
 from reverie.cli.console import interactive, note, size
+from reverie.cli.options import plain
 from reverie.models.load import load
 from reverie.models.model import Model, Samples
 from reverie.models.pictures import again, animation, grid_picture, picture_bytes, write_new, write_pictures
@@ -27,7 +28,19 @@ if TYPE_CHECKING:
 SHEET = 144  # pictures on a contact sheet, at most
 FRAMES = 40  # of an animation, at most
 LARGE = 2**30  # bytes worth a word before they are taken
-RECORDED = ("sampler", "options", "grid", "steps", "guidance", "clip", "threshold", "dtype", "exact", "batch_size")
+RECORDED = (
+    "sampler",
+    "options",
+    "recipe",
+    "grid",
+    "steps",
+    "guidance",
+    "clip",
+    "threshold",
+    "dtype",
+    "exact",
+    "batch_size",
+)
 
 Tick = Callable[[Progress, int], None]
 
@@ -70,7 +83,8 @@ class Job:
     def planned(self, seeds: Sequence[int], intermediates: int = 0) -> SamplingPlan:
         """Return the plan for some of the seeds."""
         ask = self.settings
-        options = {name: value for name in ("eta", "variance") if (value := getattr(ask, name)) is not None}
+        options = named_options(ask.set_)
+        options |= {name: value for name in ("eta", "variance") if (value := getattr(ask, name)) is not None}
         return self.model.plan(
             len(seeds),
             seed=list(seeds),
@@ -165,6 +179,22 @@ class Job:
         labels = [samples.class_of(i) or "" for samples in self.kept for i in range(len(samples))][:SHEET]
         columns = self.each if len(self.classes) > 1 and self.each <= 16 else None
         return images, columns, labels if self.classes else None
+
+
+def named_options(texts: Sequence[str]) -> dict[str, Any]:
+    """Return NAME=VALUE as names and values: numbers, true and false, words.
+
+    Example:
+        >>> named_options(["order=2", "rule=exact", "corrector=false"])
+        {'order': 2, 'rule': 'exact', 'corrector': False}
+    """
+    found: dict[str, Any] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or not name.isidentifier() or not value:
+            raise UsageError(f"--set is {text!r}; it must be NAME=VALUE, as in order=2")
+        found[name] = {"true": True, "false": False}.get(value, plain(value, int | float))
+    return found
 
 
 def wanted_classes(known: Sequence[str], settings: "SampleSettings") -> list[str]:

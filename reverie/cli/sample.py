@@ -17,11 +17,11 @@ from reverie.diffusion.registry import grids, samplers
 MOST_SEED = 2**63 - 1
 
 
-def named(registry: Registry) -> Callable[[str | None], str | None]:
-    """Return a check that a name is in a registry, which asks for no import of what it names."""
+def named(registry: Registry, *others: str) -> Callable[[str | None], str | None]:
+    """Return a check that a name is in a registry, or one of some others; it asks for no import of what it names."""
 
     def check(name: str | None) -> str | None:
-        if name is not None and name not in registry:
+        if name is not None and name not in registry and name not in others:
             registry[name]  # says so, with the nearest
         return name
 
@@ -44,8 +44,8 @@ class SampleSettings(BaseModel):
                               ge=-1, le=MOST_SEED)  # fmt: skip
     again: str | None = option("what", None, "a PNG of reverie's: make that picture again")
 
-    sampler: Annotated[str | None, AfterValidator(named(samplers))] = option(
-        "how", None, "sampler: " + ", ".join(samplers)
+    sampler: Annotated[str | None, AfterValidator(named(samplers, "auto"))] = option(
+        "how", None, "sampler: auto, the best for the model and the steps; or " + ", ".join(samplers)
     )
     steps: int | None = option("how", None, "steps of the sampler", ge=1, le=1_000_000)
     grid: Annotated[str | None, AfterValidator(named(grids))] = option("how", None, "time grid: " + ", ".join(grids))
@@ -54,6 +54,7 @@ class SampleSettings(BaseModel):
     )
     eta: float | None = option("how", None, "ddim's share of noise", ge=0, le=1, allow_inf_nan=False)
     variance: Literal["small", "large", "learned"] | None = option("how", None, "ddpm's variance")
+    set_: tuple[str, ...] = option("how", (), "any other option of the sampler or the grid, as order=2")
     guidance: float | None = option("how", None, "weight of the class: 1 is no guidance", allow_inf_nan=False)
     clip: bool | None = option("how", None, "keep the estimate of the image within its range")
     threshold: float | None = option("how", None, "dynamic thresholding at this quantile", gt=0, le=1)

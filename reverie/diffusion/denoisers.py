@@ -26,6 +26,9 @@ Times = Float[Tensor, " b"]
 Condition = Mapping[str, Tensor]
 
 
+REMEMBERED = 4096  # batches of times, of which a denoiser knows the scales
+
+
 class Estimate(NamedTuple):
     """What a denoiser returns.
 
@@ -93,6 +96,7 @@ class NetworkDenoiser(Denoiser):
         self.network, self.schedule, self.dtype = network, schedule, dtype
         self.prediction: Prediction = predictions[prediction]() if isinstance(prediction, str) else prediction
         self.learned_variance = learned_variance
+        self._known: dict[tuple[object, ...], tuple[Tensor, Tensor, Tensor]] = {}
         if schedule.zero_terminal_snr and not self.prediction.at_zero_signal:
             raise UsageError(
                 f"{self.prediction.name}-prediction has no meaning on a schedule that ends at zero signal "
@@ -100,8 +104,8 @@ class NetworkDenoiser(Denoiser):
             )
 
     def forward(self, x: Data, t: Times, condition: Condition | None = None) -> Estimate:
-        alpha, sigma = self.schedule.marginal(t)
-        output = self.call(x, t, alpha, sigma, condition).to(x.dtype)
+        alpha, sigma, time = self.known(t, x.dtype)
+        output = self.call(x, time, alpha, sigma, condition).to(x.dtype)
         fraction = None
         if self.learned_variance:
             output, fraction = output.chunk(2, dim=1)
@@ -110,12 +114,29 @@ class NetworkDenoiser(Denoiser):
 
     def output(self, x: Data, t: Times, condition: Condition | None = None) -> Tensor:
         """Return the network's raw output at x."""
-        return self.call(x, t, *self.schedule.marginal(t), condition)
+        alpha, sigma, time = self.look(t, x.dtype)
+        return self.call(x, time, alpha, sigma, condition)
 
-    def call(self, x: Data, t: Times, alpha: Times, sigma: Times, condition: Condition | None) -> Tensor:
-        """Return the network's raw output at x, whose scales are known already, its shape checked."""
+    def known(self, t: Times, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """Return alpha, sigma and the network's clock at times t (B,): remembered, for samplers ask the same again."""
+        if t.device.type != "cpu" or t.requires_grad:
+            return self.look(t, dtype)
+        key = (*t.tolist(), dtype, self.prediction, self.schedule)
+        if key not in self._known:
+            if len(self._known) >= REMEMBERED:
+                self._known.clear()
+            with torch.inference_mode(False), torch.no_grad():
+                self._known[key] = self.look(t.clone(), dtype)
+        return self._known[key]
+
+    def look(self, t: Times, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """Return alpha, sigma and the network's clock at times t (B,)."""
+        alpha, sigma = self.schedule.marginal(t)
+        return alpha, sigma, self.prediction.clock(self.schedule, t).to(dtype)
+
+    def call(self, x: Data, time: Times, alpha: Times, sigma: Times, condition: Condition | None) -> Tensor:
+        """Return the network's raw output at x, whose clock and scales are known already, its shape checked."""
         inputs = self.prediction.inputs(x, alpha, sigma)
-        time = self.prediction.clock(self.schedule, t).to(x.dtype)
         with nullcontext() if self.dtype is None else torch.autocast(x.device.type, self.dtype):
             output = self.network(inputs, time, **(condition or {}))
         due = (len(x), x.shape[1] * (2 if self.learned_variance else 1), *x.shape[2:])

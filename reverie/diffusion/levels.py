@@ -14,6 +14,7 @@ References:
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -105,11 +106,23 @@ def weighted(terms: Sequence[tuple[Sequence[float], Tensor]]) -> Tensor:
         >>> weighted([([2.0], torch.ones(1, 3)), ([0.5], torch.ones(1, 3))])
         tensor([[2.5000, 2.5000, 2.5000]])
     """
-    first, *others = [(weights, x) for weights, x in terms if any(weights)] or terms[:1]
-    like = first[1]
-    table = torch.tensor([first[0], *(weights for weights, _ in others)], dtype=torch.float64)
-    scales = table.to(like).reshape(len(table), -1, *[1] * (like.ndim - 1)).unbind()
+    kept = [(tuple(weights), x) for weights, x in terms if any(weights)] or [(tuple(terms[0][0]), terms[0][1])]
+    like = kept[0][1]
+    scales = columns(tuple(weights for weights, _ in kept), like.dtype, like.device, like.ndim)
     total = like * scales[0]
-    for scale, (_, x) in zip(scales[1:], others, strict=True):
+    for scale, (_, x) in zip(scales[1:], kept[1:], strict=True):
         total = torch.addcmul(total, scale, x)
     return total
+
+
+@lru_cache(maxsize=4096)
+def columns(
+    rows: tuple[tuple[float, ...], ...], dtype: torch.dtype, device: torch.device, ndim: int
+) -> tuple[Tensor, ...]:
+    """Return each row of numbers, one for each sample, so that it broadcasts over data (B, *D) of ndim axes.
+
+    They are remembered: a run of some steps asks for the same ones again and again.
+    """
+    with torch.inference_mode(False):
+        table = torch.tensor(rows, dtype=torch.float64).to(device, dtype)
+        return table.reshape(len(rows), -1, *[1] * (ndim - 1)).unbind()

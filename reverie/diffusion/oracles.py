@@ -214,3 +214,55 @@ class Gaussian(Denoiser):
         """Return samples of the data itself (count, *D), fixed by the seed."""
         z = torch.from_numpy(generator(seed, "gaussian").standard_normal((count, len(self.values)))).to(self.center)
         return (self.center + (z * self.values.sqrt()) @ self.basis.mT).reshape(count, *self.shape)
+
+
+class RoundMixture(Mixture):
+    r"""The exact denoiser of a mixture of round components, by matrix products: quicker in many dimensions.
+
+    With c_k = alpha^2 s_k^2 + sigma^2, (1) is a sum of means and a multiple of x,
+
+        E[x_0 | x_t] = sum_k r_k (sigma^2 / c_k) m_k + (sum_k r_k alpha s_k^2 / c_k) x_t.               (3)
+
+    Arguments:
+        means: Component means (K, *D).
+        stds: Standard deviations (K,).
+        weights: Component weights (K,), positive.
+        schedule: The noise schedule.
+    """
+
+    def __init__(
+        self, means: Float[Tensor, "k *d"], stds: Float[Tensor, " k"], weights: Float[Tensor, " k"], schedule: Schedule
+    ) -> None:
+        super().__init__(means, stds, weights, schedule)
+        self.register_buffer("round_stds", stds)
+
+    def forward(self, x: Data, t: Times, condition: Condition | None = None) -> Estimate:
+        refuse(condition)
+        flat, means = x.flatten(1), self.means.to(x)
+        alpha, sigma = (per_sample(value, flat) for value in self.schedule.marginal(t))
+        spread = self.get_buffer("round_stds").to(x).square()
+        covariance = alpha.square() * spread + sigma.square()
+        dots = flat @ means.mT
+        distance = flat.square().sum(1, keepdim=True) - 2 * alpha * dots + alpha.square() * means.square().sum(1)
+        density = -0.5 * (distance / covariance + flat.shape[1] * covariance.log())
+        share = (self.weights.to(x).log() + density).softmax(1)
+        on_x = (share * alpha * spread / covariance).sum(1, keepdim=True)
+        x0 = (share * sigma.square() / covariance) @ means + on_x * flat
+        eps = (share * sigma / covariance).sum(1, keepdim=True) * flat
+        eps = eps - (share * alpha * sigma / covariance) @ means
+        return Estimate(x0.reshape(x.shape), eps.reshape(x.shape))
+
+
+def random_mixture(dimension: int, seed: int, schedule: Schedule, components: int = 10) -> RoundMixture:
+    """Return a mixture drawn by its seed, in float64: means uniform in [-1, 1], round components of standard
+    deviation 0.05 to 0.25, weights between 1 and 3 to each other; something like the range of images.
+
+    Example:
+        >>> from reverie.diffusion.schedules import Flow
+        >>> random_mixture(2, seed=0, schedule=Flow()).means.shape
+        torch.Size([10, 2])
+    """
+    random = generator(seed, "random mixture", dimension)
+    means = torch.from_numpy(random.uniform(-1, 1, (components, dimension)))
+    stds = torch.from_numpy(random.uniform(0.05, 0.25, components))
+    return RoundMixture(means, stds, torch.from_numpy(random.uniform(1, 3, components)), schedule)

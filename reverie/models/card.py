@@ -72,6 +72,29 @@ class TrainingRecord(Part):
     config: dict[Name, Any] = {}
 
 
+class FittedSolver(Part):
+    """A solver that was fitted to the model: what `reverie tune` found for one number of steps.
+
+    Arguments:
+        lam: lambda = ln(alpha / sigma) at the start of each step.
+        weights: The weights of each step's estimates, the current one's first.
+        guidance: The guidance it was fitted at; None for samples without a class.
+        error: Its root-mean-square distance from the exact trajectories' ends, on samples it was not fitted to.
+        best_published: The least such distance of the published solvers at as many evaluations.
+    """
+
+    lam: Annotated[tuple[float, ...], Field(min_length=1, max_length=1000)]
+    weights: Annotated[tuple[Annotated[tuple[float, ...], Field(min_length=1, max_length=1000)], ...], Field()]
+    guidance: float | None = None
+    error: float = Field(0.0, ge=0)
+    best_published: float = Field(0.0, ge=0)
+
+    @property
+    def steps(self) -> int:
+        """Its number of steps."""
+        return len(self.lam)
+
+
 class SamplingDefaults(Part):
     """How a model is sampled where nobody says otherwise.
 
@@ -83,6 +106,7 @@ class SamplingDefaults(Part):
         guidance: How strongly a class that is asked for guides.
         clip: The limit that x_0 is kept within, True for 1; None means 1 for images and no limit for points.
         threshold: The quantile of |x_0| that is scaled back to the limit (dynamic thresholding).
+        fitted: Solvers that were fitted to this model, which sampler "auto" uses.
     """
 
     sampler: Name = "ddim"
@@ -92,6 +116,7 @@ class SamplingDefaults(Part):
     guidance: float = 1.0
     clip: bool | float | None = None
     threshold: float | None = Field(None, gt=0, le=1)
+    fitted: Annotated[tuple[FittedSolver, ...], Field(max_length=1000)] = ()
 
 
 class Card(Part):

@@ -17,7 +17,9 @@ from reverie.diffusion.denoisers import NetworkDenoiser
 from reverie.diffusion.grids import from_times, from_timesteps
 from reverie.diffusion.registry import grids, samplers
 from reverie.diffusion.samplers.base import Sampler
+from reverie.diffusion.samplers.learned import Learned
 from reverie.diffusion.schedules import Schedule, Table
+from reverie.models.automatic import AUTO, choose
 from reverie.models.card import Card
 
 # Rows of a network call in exact mode: as many as make BUCKET_PIXELS pixels, a power of two, MAX_ROWS at
@@ -69,7 +71,7 @@ class SamplingPlan:
         null_label: The label for no class, where there is one.
         sampler_name: The sampler's name in the registry.
         sampler: The sampler.
-        grid_name: The grid's name; "times" for one that was given as such.
+        grid_name: The grid's name; "times" for one that was given as such, "own" for a fitted solver's.
         grid_options: The grid's options.
         grid: Its times (N + 1,), the last one 0.
         guidance: w of classifier-free guidance; None where no class is asked for.
@@ -136,18 +138,29 @@ class SamplingPlan:
         Example:
             "16 samples of 1x8x8: ddim (eta 0.0), 50 steps on trailing, guidance 2.0: 100 evaluations each"
         """
-        options = ", ".join(f"{name} {value}" for name, value in asdict(self.sampler).items())
+        options = ", ".join(f"{name} {value}" for name, value in self.options().items())
         words = f"{self.n} sample{'s' * (self.n != 1)} of {'x'.join(map(str, self.shape))}: {self.sampler_name}"
         words += f" ({options})" if options else ""
         words += f", {self.steps} step{'s' * (self.steps != 1)} on {self.grid_name}"
         words += f", guidance {self.guidance}" if self.guidance is not None else ""
         return f"{words}: {self.evaluations} evaluation{'s' * (self.evaluations != 1)} each"
 
+    def options(self) -> dict[str, Any]:
+        """Return the sampler's options; of a fitted one, none: it is a recipe."""
+        return {} if isinstance(self.sampler, Learned) else asdict(self.sampler)
+
+    def recipe(self) -> dict[str, Any] | None:
+        """Return a fitted solver's numbers, as JSON holds them; None for any other."""
+        if not isinstance(self.sampler, Learned):
+            return None
+        return {"lam": list(self.sampler.recipe.lam), "weights": [list(row) for row in self.sampler.recipe.weights]}
+
     def settings(self) -> dict[str, Any]:
         """Return all that decides the samples beside the model, as JSON holds it."""
         return {
             "sampler": self.sampler_name,
-            "options": asdict(self.sampler) | self.grid_options,
+            "options": self.options() | self.grid_options,
+            "recipe": self.recipe(),
             "grid": self.grid[:-1].tolist() if self.grid_name == "times" else self.grid_name,
             "steps": self.steps,
             "guidance": self.guidance,
@@ -189,6 +202,11 @@ def make_plan(
     seeds = settle_seeds(n, seed)
     labels = settle_labels(card, len(seeds), classes)
     sampler = defaults.sampler if sampler is None else sampler
+    if isinstance(sampler, Learned):
+        grid = own_grid(sampler, denoiser.schedule, grid)
+    w = settle_guidance(card, classes is not None, guidance)
+    if sampler == AUTO:
+        sampler, grid = settle_automatic(denoiser, card, grid, steps, w)
     grid = defaults.grid if grid is None else grid
     check_options(options, sampler, grid)
     rule = settle_sampler(denoiser, card, sampler, options)
@@ -202,10 +220,10 @@ def make_plan(
         null_label=card.null_label if card.classes and card.unconditional else None,
         sampler_name=sampler_name(rule),
         sampler=rule,
-        grid_name=grid if isinstance(grid, str) else "times",
+        grid_name=grid if isinstance(grid, str) else "own" if isinstance(rule, Learned) else "times",
         grid_options=chosen,
         grid=times,
-        guidance=settle_guidance(card, classes is not None, guidance),
+        guidance=w,
         clip=limit,
         threshold=quantile,
         dtype=denoiser.dtype if dtype is None else settle_dtype(dtype),
@@ -397,6 +415,27 @@ def settle_sampler(denoiser: NetworkDenoiser, card: Card, sampler: str | Sampler
     return rule
 
 
+def settle_automatic(
+    denoiser: NetworkDenoiser, card: Card, grid: Any, steps: int | None, guidance: float | None
+) -> tuple[str | Sampler, str | Tensor]:
+    """Return the sampler and the grid that "auto" stands for."""
+    if grid is not None:
+        raise UsageError("sampler auto brings a grid of its own; leave grid out, or name a sampler")
+    most = denoiser.schedule.timesteps if isinstance(denoiser.schedule, Table) else 1_000_000
+    count = min(card.sampling.steps, most) if steps is None else whole("steps", steps, 1, most)
+    choice = choose(card, denoiser.schedule, count, guidance)
+    if isinstance(choice.sampler, Learned):
+        return choice.sampler, own_grid(choice.sampler, denoiser.schedule, None)
+    return choice.name, str(choice.grid)
+
+
+def own_grid(sampler: Learned, schedule: Schedule, grid: Any) -> Tensor:
+    """Return the times of a fitted solver, which has no others."""
+    if grid is not None:
+        raise UsageError("a fitted solver has a grid of its own; leave grid out, or name another sampler")
+    return sampler.recipe.grid(schedule)
+
+
 def named_sampler(denoiser: NetworkDenoiser, card: Card, name: str, asked: Mapping[str, Any]) -> Sampler:
     """Return the sampler of that name: what a model has learned is its default, then what its card says."""
     preferred: dict[str, Any] = {"variance": "learned"} if denoiser.learned_variance else {}
@@ -419,6 +458,8 @@ def settle_grid_options(card: Card, grid: Any, asked: Mapping[str, Any]) -> dict
 
 def sampler_name(sampler: Sampler) -> str:
     """Return a sampler's name in the registry; that of its class where it has none there."""
+    if isinstance(sampler, Learned):
+        return "fitted"
     return next((name for name in samplers if samplers[name] is type(sampler)), type(sampler).__name__)
 
 

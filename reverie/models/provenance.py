@@ -24,7 +24,9 @@ from pydantic import Field, ValidationError
 import reverie
 from reverie.base.errors import DataError, ModelFileError, UsageError
 from reverie.base.randomness import MAX_SEED
-from reverie.models.card import Name, Number, Part, sentence
+from reverie.diffusion.samplers.learned import Learned
+from reverie.models.automatic import recipe
+from reverie.models.card import FittedSolver, Name, Number, Part, sentence
 from reverie.models.formats.run_folder import CHECKPOINTS
 from reverie.models.load import load
 from reverie.models.model import RECORD_FORMAT, Model, Samples
@@ -73,6 +75,7 @@ class Record(Part):
     classes: tuple[Name | None, ...] | None
     sampler: Name
     options: dict[Name, Number | Name]
+    recipe: Annotated[FittedSolver | None, Field()] = None
     grid: Name | Annotated[tuple[float, ...], Field(max_length=1_000_000)]
     steps: Annotated[int, Field(ge=1, le=1_000_000)]
     guidance: float | None
@@ -273,11 +276,16 @@ def again(
 
 def request(record: Record) -> dict[str, Any]:
     """Return the arguments of `Model.sample` that a record stands for."""
-    return {
-        "seed": record.seeds[0],
-        "classes": record.classes[0] if record.classes else None,
+    how: dict[str, Any] = {
         "sampler": record.sampler,
         "grid": record.grid if isinstance(record.grid, str) else list(record.grid),
+    }
+    if record.recipe is not None:
+        how = {"sampler": Learned(recipe(record.recipe)), "grid": None}
+    return {
+        **how,
+        "seed": record.seeds[0],
+        "classes": record.classes[0] if record.classes else None,
         "steps": record.steps,
         "guidance": record.guidance,
         "clip": record.clip,

@@ -5,6 +5,7 @@ in its state, plain tensors with a row for each sample: rows at different steps 
 and join another, and a state that is saved and loaded goes on as if nothing had happened.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -197,7 +198,7 @@ def run(
 
 def check_finite(state: State, schedule: Schedule, before: State) -> None:
     """Raise NonFiniteError, naming the step and the noise level that it began at, unless the state is finite."""
-    if not bool(torch.isfinite(state.x.sum())) and not bool(torch.isfinite(state.x).all()):
+    if not math.isfinite(state.x.sum().item()) and not bool(torch.isfinite(state.x).all()):
         rows = (~torch.isfinite(state.x.flatten(1)).all(1)).nonzero().flatten().tolist()
         step, level = int(state.k[rows[0]]), float(schedule.sigma(before.t[rows[:1]]))
         raise NonFiniteError(

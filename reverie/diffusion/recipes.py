@@ -1,0 +1,71 @@
+"""Solvers fitted beforehand, for models that have none of their own: to mixtures of Gaussians, by schedule.
+
+The table beside this file was made by tools/fit_recipes.py, for samples of few numbers and of many. On a model
+that it was not fitted to it cannot be the best there is; docs/benchmarks.md has how it compares with the published
+solvers at each number of steps.
+"""
+
+import json
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from reverie.diffusion.levels import levels
+from reverie.diffusion.samplers.learned import Recipe
+from reverie.diffusion.schedules import Schedule
+
+FILE = Path(__file__).with_suffix(".json")
+LARGE = 512  # numbers of a sample, from which it counts as large
+SAME = 0.02  # in lambda: how near a schedule's ends must be to those of the one that was fitted
+
+
+@lru_cache(maxsize=1)
+def table() -> dict[str, Any]:
+    """Return the recipes as they are in the file, by schedule and number of steps."""
+    found: dict[str, Any] = json.loads(FILE.read_text())
+    return found
+
+
+def general(schedule: Schedule, steps: int, numbers: int) -> Recipe | None:
+    """Return the solver of so many steps that was fitted beforehand for schedules like this one; None for none.
+
+    A schedule is like another if it begins and ends at the same lambda: between, lambda is the solver's own clock.
+
+    Arguments:
+        schedule: The model's schedule.
+        steps: The number of evaluations.
+        numbers: How many numbers a sample has.
+
+    Example:
+        >>> from reverie.diffusion.registry import schedules
+        >>> general(schedules["linear"](), 8, 64).steps, general(schedules["linear"](), 777, 64)
+        (8, None)
+    """
+    size = "large" if numbers >= LARGE else "small"
+    for name, sizes in table().items():
+        if str(steps) in sizes.get(size, {}) and alike(schedule, name):
+            row = sizes[size][str(steps)]
+            return Recipe(tuple(row["lam"]), tuple(tuple(weights) for weights in row["weights"]))
+    return None
+
+
+def alike(schedule: Schedule, name: str) -> bool:
+    """Return whether a schedule begins and ends as one by name does."""
+    return all(abs(a - b) < SAME for a, b in zip(span(schedule), named_span(name), strict=True))
+
+
+@lru_cache(maxsize=64)
+def named_span(name: str) -> tuple[float, float]:
+    """Return the first and last lambda of a schedule by name."""
+    from reverie.diffusion.registry import schedules
+
+    return span(schedules[name]())
+
+
+def span(schedule: Schedule) -> tuple[float, float]:
+    """Return the first and last lambda that a sampler looks at; of a zero-SNR schedule that at t = 0.999 first."""
+    first = 0.999 if schedule.zero_terminal_snr else 1.0
+    begin, end = levels(schedule, [first, float(torch.tensor(schedule.t_min, dtype=torch.float64))])
+    return begin.lam, end.lam

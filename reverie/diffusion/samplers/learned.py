@@ -1,0 +1,125 @@
+r"""A solver whose times and weights were fitted to a model: what `tune` finds.
+
+Any multistep solver for the data estimate is a table: at step k, from rho_k to rho_(k+1) (rho = sigma /
+alpha, z = x / alpha),
+
+    z_(k+1) = (rho_(k+1) / rho_k) z_k + (1 - rho_(k+1) / rho_k) sum_j c_kj D_j,                      (1)
+
+with DDIM's table the identity and the published solvers' made of polynomials. Here the times and the c_kj
+are numbers that were fitted (tuning.py). The last step goes to rho = 0, where (1) is the sum alone.
+
+References:
+    S4S: Solving for a Diffusion Model Solver (Frankel et al., 2025)
+    https://arxiv.org/abs/2502.17423
+    DPM-Solver-v3: Improved Diffusion ODE Solver with Empirical Model Statistics (Zheng et al., 2023)
+    https://arxiv.org/abs/2310.13268
+"""
+
+import math
+from dataclasses import dataclass, field, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from reverie.base.errors import UsageError
+from reverie.base.randomness import Noise
+from reverie.diffusion.denoisers import Denoiser
+from reverie.diffusion.levels import Level, weighted
+from reverie.diffusion.predictions import Data
+from reverie.diffusion.samplers.base import Sampler, State, Step, ask
+from reverie.diffusion.samplers.history import History
+from reverie.diffusion.schedules import Schedule
+
+NEAR = 1e-3  # how far from its own lambda a step may be
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The times and weights of a solver of N steps.
+
+    Arguments:
+        lam: lambda at the start of each step (N,), rising; the first is that of t = 1, whatever it says.
+        weights: c_kj of (1): row k holds those of the estimates at k, k - 1, ..., at most k + 1 of them.
+
+    Raises:
+        UsageError: The numbers do not make a solver.
+
+    Example:
+        >>> Recipe((-5.0, 0.0), ((1.0,), (1.5, -0.5))).steps
+        2
+    """
+
+    lam: tuple[float, ...]
+    weights: tuple[tuple[float, ...], ...]
+
+    def __post_init__(self) -> None:
+        rows = [len(row) for row in self.weights]
+        if not rows or len(rows) != len(self.lam) or any(not 1 <= n <= k + 1 for k, n in enumerate(rows)):
+            raise UsageError(f"a recipe has a row of 1 to k + 1 weights for each lambda; {len(self.lam)} have {rows}")
+        if any(b <= a for a, b in zip(self.lam, self.lam[1:], strict=False)):
+            raise UsageError(f"a recipe's lambdas rise; these are {self.lam}")
+        if not all(math.isfinite(c) for row in self.weights for c in row):
+            raise UsageError("a recipe's weights are finite numbers; one of these is not")
+
+    @property
+    def steps(self) -> int:
+        """The number of steps, each an evaluation."""
+        return len(self.lam)
+
+    @property
+    def past(self) -> int:
+        """How many past estimates it needs."""
+        return max(len(row) for row in self.weights) - 1
+
+    def grid(self, schedule: Schedule) -> Float[Tensor, " n"]:
+        """Return its times on a schedule (N + 1,), the first 1, the last 0.
+
+        Raises:
+            UsageError: The schedule begins with less noise than the recipe's second step.
+        """
+        times = schedule.time(2 * torch.tensor(self.lam, dtype=torch.float64))
+        times[0] = 1.0
+        if self.steps > 1 and not bool(times[1] < 1):
+            raise UsageError("this recipe is for a schedule that begins with more noise than this one")
+        return torch.cat([times, torch.zeros(1, dtype=torch.float64)])
+
+
+@dataclass(frozen=True)
+class Learned(Sampler):
+    """A fitted multistep solver, one evaluation a step, on its own grid.
+
+    Arguments:
+        recipe: Its times and weights.
+
+    Raises:
+        UsageError: On a step: it is not one of the recipe's.
+    """
+
+    recipe: Recipe = field(default_factory=lambda: Recipe((0.0,), ((1.0,),)))
+
+    def remember(self, x: Data) -> dict[str, Tensor]:
+        return History.empty(x, self.recipe.past)
+
+    def move(self, denoiser: Denoiser, state: State, step: Step, noise: Noise) -> State:
+        for here, there, k in zip(step.here, step.there, step.k, strict=True):
+            self.check(here, there, k)
+        x0 = ask(denoiser, state.x, state.t).x0
+        past = History.of(state, self.recipe.past)
+        rows = [self.recipe.weights[k] for k in step.k]
+        keep = [b.sigma / a.sigma for a, b in zip(step.here, step.there, strict=True)]
+        gain = [b.alpha - r * a.alpha for r, a, b in zip(keep, step.here, step.there, strict=True)]
+        terms = [(keep, state.x)]
+        for j, estimate in enumerate([x0, *past.values]):
+            terms.append(([g * (row[j] if j < len(row) else 0.0) for g, row in zip(gain, rows, strict=True)], estimate))
+        return replace(state, x=weighted(terms), x0=x0, memory=past.push(x0, step.here))
+
+    def check(self, here: Level, there: Level, k: int) -> None:
+        """Refuse a step that is not the recipe's step k."""
+        due = (*self.recipe.lam, math.inf)
+        right = k < self.recipe.steps and (k == 0 or abs(here.lam - due[k]) < NEAR)
+        if not right or not (there.lam == due[k + 1] or abs(there.lam - due[k + 1]) < NEAR):
+            raise UsageError(
+                f"step {k + 1} from t = {here.t:g} to {there.t:g} is not one of this fitted solver, "
+                f"which has {self.recipe.steps} steps on its own grid"
+            )

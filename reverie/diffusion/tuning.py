@@ -1,0 +1,313 @@
+r"""Fitting a solver to a model: the times and weights with which a few evaluations do best.
+
+A few exact trajectories are the measure, computed once with many steps. A candidate set of times is walked
+by the solver itself; at each step the weights c of learned.py (1) are the ridge regression of where the
+exact trajectory is next,
+
+    min_c | z*_(k+1) - (rho_(k+1)/rho_k) z_k - (1 - rho_(k+1)/rho_k) sum_j c_j D_j |^2 + ridge |c - e|^2,  (1)
+
+so that each step also makes up for the errors before it; nothing is differentiated, and the network is not
+trained. The times are chosen among those of the fine grid: first by dynamic programming over pairs of steps,
+whose errors (1) on the exact trajectory need no evaluation at all, then by moving one time after another
+while that lowers the error at the end.
+
+References:
+    S4S: Solving for a Diffusion Model Solver (Frankel et al., 2025)
+    https://arxiv.org/abs/2502.17423
+    On the Trajectory Regularity of ODE-based Diffusion Sampling (Chen et al., 2024): GITS, dynamic programming
+    https://arxiv.org/abs/2405.11326
+    Align Your Steps: Optimizing Sampling Schedules in Diffusion Models (Sabour et al., 2024)
+    https://arxiv.org/abs/2404.14507
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from reverie.base.errors import UsageError
+from reverie.base.randomness import Noise
+from reverie.diffusion.denoisers import Denoiser
+from reverie.diffusion.grids import close, ends
+from reverie.diffusion.levels import Level, levels
+from reverie.diffusion.predictions import Data
+from reverie.diffusion.samplers.base import ask, run, start
+from reverie.diffusion.samplers.dpmpp import DPMpp3M
+from reverie.diffusion.samplers.learned import Recipe
+
+PAST = 4  # past estimates that a step may use
+RIDGE = 1e-6  # of (1), relative to the mean square of the estimates
+FINE = 128  # steps of the exact trajectories
+FLOOR = 1e-12  # added to squared errors before their logarithm is taken
+
+
+# Exact trajectories -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Trajectories:
+    """Exact trajectories of one model, from noise to data.
+
+    Arguments:
+        denoiser: The model.
+        known: The levels of the fine grid, without t = 0, n of them.
+        x: Where the samples are at each (n, M, *D).
+        x0: The estimates there (n, M, *D).
+        end: Where they end (M, *D).
+    """
+
+    denoiser: Denoiser
+    known: list[Level]
+    x: Tensor
+    x0: Tensor
+    end: Data
+
+
+def trajectories(
+    denoiser: Denoiser, x: Data, steps: int = FINE, progress: Callable[[int], None] | None = None
+) -> Trajectories:
+    """Return the trajectories from noise x (M, *D) at t = 1, by DPM-Solver++(3M) on a fine grid uniform in lambda."""
+    schedule, sampler = denoiser.schedule, DPMpp3M()
+    first, last = ends(schedule)
+    times = schedule.time(torch.linspace(first, last, steps, dtype=torch.float64))
+    times[0], times[-1] = 1.0, schedule.t_min
+    grid = close(times)
+    xs, estimates = [x], []
+    for state in run(sampler, denoiser, sampler.init(x, 1.0), grid, Noise(range(len(x)))):
+        xs.append(state.x)
+        estimates.append(state.x0)
+        if progress:
+            progress(len(estimates))
+    return Trajectories(
+        denoiser, levels(schedule, grid[:-1].tolist()), torch.stack(xs[:-1]), torch.stack(estimates), xs[-1]
+    )
+
+
+# Walking a grid, fitting the weights --------------------------------------------------------------
+
+
+@dataclass
+class Walk:
+    """A walk of the solver along some nodes of the fine grid, on each set of trajectories.
+
+    Arguments:
+        nodes: Indices into the fine grid.
+        x: Where the samples are before each step: x[k][set].
+        estimates: Their estimates there.
+        weights: The fitted weights of each step, the current estimate's first.
+        end: Where they end.
+        loss: The error at the end: the mean over samples of ln |e|^2, and ln of the mean of |e|^2, averaged.
+    """
+
+    nodes: tuple[int, ...]
+    x: list[list[Data]]
+    estimates: list[list[Data]]
+    weights: list[tuple[float, ...]]
+    end: list[Data]
+    loss: float
+
+
+def walk(sets: Sequence[Trajectories], nodes: Sequence[int], before: Walk | None = None) -> Walk:
+    """Walk the solver along some nodes, fitting its weights as it goes.
+
+    Arguments:
+        sets: Exact trajectories, of one model or of several, on one fine grid.
+        nodes: Indices into it, rising from 0.
+        before: An earlier walk: what both have in common is not evaluated again.
+    """
+    shared = common(before.nodes, nodes) if before else 0
+    x = before.x[:shared] if before and shared else [[one.x[0] for one in sets]]
+    estimates = before.estimates[:shared] if before else []
+    weights: list[tuple[float, ...]] = before.weights[: max(shared - 1, 0)] if before else []
+    for k in range(max(shared - 1, 0), len(nodes)):
+        if k >= len(estimates):
+            times = sets[0].known[nodes[k]].t
+            estimates = [*estimates, [ask(s.denoiser, y, [times] * len(y)).x0 for s, y in zip(sets, x[k], strict=True)]]
+        ahead, row = fit_step(sets, nodes, k, x[k], estimates)
+        weights = [*weights[:k], row]
+        x = [*x[: k + 1], ahead]
+    *x, end = x
+    return Walk(tuple(nodes), x, estimates, weights, end, loss(sets, end))
+
+
+def common(nodes: Sequence[int], others: Sequence[int]) -> int:
+    """Return how many nodes two walks begin with in common."""
+    pairs = enumerate(zip(nodes, others, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(nodes), len(others)))
+
+
+def fit_step(
+    sets: Sequence[Trajectories], nodes: Sequence[int], k: int, x: list[Data], estimates: list[list[Data]]
+) -> tuple[list[Data], tuple[float, ...]]:
+    """Return where step k leads, and its weights: the regression (1)."""
+    here = sets[0].known[nodes[k]]
+    last = k + 1 == len(nodes)
+    keep, gain = (0.0, 1.0) if last else factors(here, sets[0].known[nodes[k + 1]])
+    used = range(k, max(k - PAST, 0) - 1, -1)
+    # Each set counts the same, however many numbers it has.
+    even = [1 / math.sqrt(one.end.numel()) for one in sets]
+    basis = [torch.cat([e * estimates[j][i].flatten() for i, e in enumerate(even)]) for j in used]
+    goals = [(s.end if last else s.x[nodes[k + 1]] - keep * y) / gain for s, y in zip(sets, x, strict=True)]
+    goal = torch.cat([e * part.flatten() for e, part in zip(even, goals, strict=True)])
+    row = ridge(torch.stack(basis).double(), goal.double())
+    moved = [
+        keep * y + gain * sum(c * estimates[j][i] for c, j in zip(row, used, strict=True)) for i, y in enumerate(x)
+    ]
+    return moved, tuple(row)
+
+
+def factors(here: Level, there: Level) -> tuple[float, float]:
+    """Return what is kept of x, and the factor on the estimates: (1) of learned.py in x."""
+    keep = there.sigma / here.sigma
+    return keep, there.alpha - keep * here.alpha
+
+
+def ridge(basis: Float[Tensor, "k n"], goal: Float[Tensor, " n"]) -> list[float]:
+    """Return the weights of some rows that come nearest to a goal, drawn towards the first row alone."""
+    gram, rest = basis @ basis.mT, goal - basis[0]
+    penalty = RIDGE * gram.diagonal().mean() * torch.eye(len(basis), dtype=gram.dtype)
+    found: list[float] = torch.linalg.solve(gram + penalty, basis @ rest).tolist()
+    return [found[0] + 1, *found[1:]]
+
+
+def loss(sets: Sequence[Trajectories], end: Sequence[Data]) -> float:
+    """Return the error at the end, typical and root-mean-square alike; each set counts the same."""
+    total = 0.0
+    for one, x in zip(sets, end, strict=True):
+        squares = (x - one.end).double().flatten(1).square().mean(1) + FLOOR
+        total += (squares.log().mean().item() + squares.mean().log().item()) / 2
+    return total / len(sets)
+
+
+# Choosing the times -------------------------------------------------------------------------------
+
+
+def plan_nodes(sets: Sequence[Trajectories], steps: int) -> list[int]:
+    """Return nodes by dynamic programming: the sum of the squared errors (1) of steps through two estimates, each
+    made on the exact trajectory and shrunk by what the flow does to it later, as for Gaussian data of that spread.
+    """
+    fine = sets[0].known
+    n = len(fine)
+    gram, cross, moved = products(sets)
+    spread = max(float(torch.cat([s.end.flatten() for s in sets]).std()), 1e-6)
+    shrink = torch.tensor([spread**2 / (spread**2 + level.rho**2) for level in fine], dtype=torch.float64)
+    # cost[h, i, j]: from i to j with the estimates at h < i and i (h = i: that at i alone).
+    best = torch.full((n, n), math.inf, dtype=torch.float64)  # best[h, i]: the least to be at i, from h
+    trace: list[Tensor] = []
+    best[0, 0] = 0
+    errors = pair_errors(gram, cross, moved) * shrink
+    for _ in range(steps - 1):
+        total = best[:, :, None] + errors  # [h, i, j]
+        best, back = total.min(0)
+        trace.append(back)
+    i, j = divmod(int((best + finish(sets, gram)).argmin()), n)
+    nodes = [j, i]
+    for back in reversed(trace[1:]):
+        nodes.append(int(back[nodes[-1], nodes[-2]]))
+    return sorted(set(nodes)) if steps > 1 else [0]
+
+
+def products(sets: Sequence[Trajectories]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the inner products (n, n) of the estimates, of z / rho with the estimates, and of z / rho."""
+    x0 = torch.cat([s.x0.double().flatten(1) / math.sqrt(s.end.numel()) for s in sets], dim=1)
+    sigma = torch.tensor([level.sigma for level in sets[0].known], dtype=torch.float64)[:, None]
+    y = torch.cat([s.x.double().flatten(1) / math.sqrt(s.end.numel()) for s in sets], dim=1) / sigma
+    return x0 @ x0.mT, y @ x0.mT, y @ y.mT
+
+
+def pair_errors(gram: Tensor, cross: Tensor, moved: Tensor) -> Float[Tensor, "n n n"]:
+    """Return the least squared error [h, i, j], in units of z / rho, of a step i to j through estimates h and i."""
+    n = len(gram)
+    size = moved.diagonal()[None, :] + moved.diagonal()[:, None] - 2 * moved  # [i, j] |y_j - y_i|^2
+    on_i = (cross - cross.diagonal()[None, :]).mT  # [i, j] (y_j - y_i) . D_i
+    on_h = cross.mT[:, None, :] - cross.mT[:, :, None]  # [h, i, j] (y_j - y_i) . D_h
+    own = gram.diagonal() * (1 + RIDGE)
+    determinant = own[:, None] * own[None, :] - gram.square()  # [h, i]
+    safe = determinant.clamp(min=1e-12 * float(own.max()) ** 2)[:, :, None]
+    a = (own[None, :, None] * on_h - gram[:, :, None] * on_i[None]) / safe
+    b = (own[:, None, None] * on_i[None] - gram[:, :, None] * on_h) / safe
+    both = size[None] - a * on_h - b * on_i[None]
+    alone = size - on_i.square() / own[:, None]
+    index = torch.arange(n)
+    both[index, index] = alone
+    both = both.clamp(min=0)
+    forward = index[:, None, None] < index[None, :, None]
+    start = (index[:, None, None] == 0) & (index[None, :, None] == 0)
+    allowed = (forward | start) & (index[None, :, None] < index[None, None, :])
+    return torch.where(allowed, both, math.inf)
+
+
+def finish(sets: Sequence[Trajectories], gram: Tensor) -> Float[Tensor, "n n"]:
+    """Return the squared error [h, i] of ending with the estimates at h and i."""
+    x0 = torch.cat([s.x0.double().flatten(1) / math.sqrt(s.end.numel()) for s in sets], dim=1)
+    end = torch.cat([s.end.double().flatten() / math.sqrt(s.end.numel()) for s in sets])
+    on, size = x0 @ end, end.square().sum()
+    own = gram.diagonal() * (1 + RIDGE)
+    determinant = (own[:, None] * own[None, :] - gram.square()).clamp(min=1e-12 * float(own.max()) ** 2)
+    a = (own[None, :] * on[:, None] - gram * on[None, :]) / determinant
+    b = (own[:, None] * on[None, :] - gram * on[:, None]) / determinant
+    error = (size - a * on[:, None] - b * on[None, :]).clamp(min=0)
+    index = torch.arange(len(gram))
+    return torch.where(index[:, None] < index[None, :], error, math.inf)
+
+
+def tune(
+    sets: Sequence[Trajectories],
+    steps: int,
+    walks: int = 60,
+    progress: Callable[[int, float], None] | None = None,
+) -> tuple[Recipe, Walk]:
+    """Return the fitted solver of so many steps, and its last walk.
+
+    Arguments:
+        sets: Exact trajectories, of one model or of several, on fine grids of the same lambdas.
+        steps: Evaluations, at least 1 and below the fine grid's.
+        walks: How many candidate grids may be walked.
+        progress: Called with the number of walks and the least error (its logarithm) after each.
+
+    Raises:
+        UsageError: steps is out of range.
+    """
+    fine = len(sets[0].known)
+    if not 1 <= steps < fine:
+        raise UsageError(f"steps is {steps}; it must lie in 1..{fine - 1} to be fitted on trajectories of {fine} steps")
+    best = start_walk(sets, steps)
+    done, stride = 1, max(fine // (2 * steps), 1)
+    while stride and done < walks:
+        improved = False
+        for k in range(steps - 1, 0, -1):
+            for shift in (-stride, stride):
+                nodes = [*best.nodes[:k], best.nodes[k] + shift, *best.nodes[k + 1 :]]
+                if done >= walks or nodes[-1] >= fine or any(b <= a for a, b in pairwise(nodes)):
+                    continue
+                tried = walk(sets, nodes, best)
+                done += 1
+                if tried.loss < best.loss:
+                    best, improved = tried, True
+                if progress:
+                    progress(done, best.loss)
+        if not improved:
+            stride //= 2
+    # Where nothing of the data is left lambda is -inf; the first of a recipe is that of t = 1 anyway.
+    lam = tuple(max(sets[0].known[node].lam, -100.0) for node in best.nodes)
+    return Recipe(lam, tuple(best.weights)), best
+
+
+def start_walk(sets: Sequence[Trajectories], steps: int) -> Walk:
+    """Return the better of two first walks: of the nodes by dynamic programming, and of those uniform in lambda."""
+    fine = len(sets[0].known)
+    even = [round(i * (fine - 1) / max(steps - 1, 1)) for i in range(steps)]
+    planned = plan_nodes(sets, steps)
+    tried = [walk(sets, even)]
+    if len(planned) == steps and planned[0] == 0:
+        tried.append(walk(sets, planned))
+    return min(tried, key=lambda one: one.loss)
+
+
+def noise(denoiser: Denoiser, shape: Sequence[int], seeds: Sequence[int], device: torch.device | str = "cpu") -> Data:
+    """Return the noise (M, *shape) at t = 1 that the samples of some seeds start from."""
+    return start(DPMpp3M(), denoiser.schedule, shape, 1.0, Noise(seeds), device).x

@@ -1,0 +1,114 @@
+"""Fitting a solver to a model as it is sampled: its classes, guidance and clipping; and judging it on other samples."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from reverie.base.errors import UsageError
+from reverie.base.randomness import Noise
+from reverie.diffusion.grids import trailing, uniform_log_snr
+from reverie.diffusion.registry import samplers
+from reverie.diffusion.samplers.base import Sampler, run
+from reverie.diffusion.samplers.learned import Learned
+from reverie.diffusion.tuning import FINE, Trajectories, noise, trajectories, tune
+from reverie.models.card import FittedSolver
+from reverie.models.memory import check_memory, memory_errors
+from reverie.models.model import Model
+from reverie.models.plan import make_plan
+from reverie.models.sampling import evaluating, prepared
+
+NUMBERS = 1 << 17  # numbers of all samples that a solver is fitted to, about
+PUBLISHED = ("ddim", "dpmpp-2m", "unipc")
+FIRST_SEED = 1 << 40  # of the samples here, far from those that a user is likely to draw
+
+Report = Callable[[str, int, int, float], None]
+
+
+def tune_model(
+    model: Model,
+    steps: Sequence[int],
+    *,
+    guidance: float | None = None,
+    samples: int | None = None,
+    walks: int = 60,
+    seed: int = 0,
+    report: Report | None = None,
+) -> list[FittedSolver]:
+    """Fit a solver to a model for each number of steps. The model itself is left as it is.
+
+    Arguments:
+        model: The model.
+        steps: Numbers of evaluations.
+        guidance: w; of a model with classes, samples of all classes are used; None takes the card's.
+        samples: Exact trajectories to fit to; as many again are for judging. None: by the samples' size, 8 to 64.
+        walks: Candidate grids for each number of steps.
+        seed: Seed of the trajectories' noise.
+        report: Called with what is done, how much of it, of how much, and the error so far.
+
+    Returns:
+        The fitted solvers, each with its error and the published solvers' least, on samples they were not fitted to.
+
+    Raises:
+        UsageError: An argument is out of range.
+        OutOfMemoryError: There is not enough memory for the trajectories.
+    """
+    numbers = math.prod(model.card.shape)
+    count = samples or min(max(NUMBERS // numbers, 8), 64)
+    if not 2 <= count <= 10_000 or walks < 1 or not steps or min(steps) < 1 or max(steps) >= FINE:
+        raise UsageError(
+            f"samples is {count}, walks {walks}, steps {list(steps)}; "
+            f"they must lie in 2..10000, from 1, and in 1..{FINE - 1}"
+        )
+    lower = "samples"
+    check_memory(4 * 4 * FINE * count * numbers, torch.device("cpu"), f"{count} trajectories of {FINE} steps", lower)
+    with memory_errors("the trajectories", lower), evaluating(model.denoiser.network), torch.no_grad():
+        fitting, judging = (teach(model, count, seed + part, guidance, report) for part in (0, 1))
+        return [fit(model, n, fitting, judging, guidance, walks, report) for n in sorted(set(steps))]
+
+
+def teach(model: Model, count: int, part: int, guidance: float | None, report: Report | None) -> Trajectories:
+    """Return exact trajectories of the model as it is sampled."""
+    seeds = [FIRST_SEED + part * 1_000_000 + i for i in range(count)]
+    names = model.card.classes
+    classes = [names[i % len(names)] for i in range(count)] if names and (guidance is None or guidance != 0) else None
+    plan = make_plan(
+        model.denoiser, model.card, count, seed=seeds, classes=classes, guidance=guidance if classes else None,
+        steps=1, sampler="ddim", grid="trailing", exact=False,
+    )  # fmt: skip
+    denoiser = prepared(model.denoiser, replace(plan, batch_size=count), range(count), model.device)
+    x = noise(denoiser, model.card.shape, seeds, model.device)
+    told = None if report is None else lambda step: report("exact trajectories", step, FINE, math.nan)
+    return trajectories(denoiser, x, FINE, told)
+
+
+def fit(
+    model: Model,
+    steps: int,
+    fitting: Trajectories,
+    judging: Trajectories,
+    guidance: float | None,
+    walks: int,
+    report: Report | None,
+) -> FittedSolver:
+    """Fit one solver, and judge it beside the published ones."""
+    told = None
+    if report is not None:
+        told = lambda done, loss: report(f"{steps} steps", done, walks, math.exp(loss / 2))  # noqa: E731
+    recipe, _ = tune([fitting], steps, walks, told)
+    schedule = model.denoiser.schedule
+    own = distance(judging, Learned(recipe), recipe.grid(schedule))
+    grids = (trailing(schedule, steps), uniform_log_snr(schedule, steps))
+    others = [distance(judging, samplers[name](), grid) for name in PUBLISHED for grid in grids]
+    return FittedSolver(
+        lam=recipe.lam, weights=recipe.weights, guidance=guidance, error=own, best_published=min(others)
+    )
+
+
+def distance(exact: Trajectories, sampler: Sampler, grid: Tensor) -> float:
+    """Return a sampler's root-mean-square distance from where exact trajectories end."""
+    x = exact.x[0]
+    *_, last = run(sampler, exact.denoiser, sampler.init(x, 1.0), grid, Noise(range(len(x))))
+    return float((last.x - exact.end).double().square().mean().sqrt())
