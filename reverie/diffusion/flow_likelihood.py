@@ -46,8 +46,8 @@ from reverie.diffusion.denoisers import Condition, Denoiser, Times
 from reverie.diffusion.dequantisation import Dequantiser, Uniform, dtype_of, evaluating, log_cell, spread
 from reverie.diffusion.likelihood import gaussian_log_mass
 from reverie.diffusion.predictions import Data, per_sample
+from reverie.diffusion.probability_flow import angle, velocity
 from reverie.diffusion.runge_kutta_pair import integrate, rms
-from reverie.diffusion.schedules import Schedule
 
 Trace = Literal["exact", "hutchinson"]
 Probe = Literal["rademacher", "gaussian"]
@@ -129,32 +129,6 @@ def plus_minus(error: float) -> str:
 
 
 # The ODE ----------------------------------------------------------------------------------------
-
-
-def angle(schedule: Schedule, t: Times) -> Times:
-    """Return phi = arctan(sigma / alpha) (B,): 0 at the data, pi/2 where nothing is left of it."""
-    alpha, sigma = schedule.marginal(t)
-    return torch.atan2(sigma, alpha)
-
-
-def time_of_angle(schedule: Schedule, phi: Times) -> Times:
-    """Return the t (B,) at which phi has that value.
-
-    Example:
-        >>> from reverie.diffusion.schedules import Flow
-        >>> time_of_angle(Flow(), torch.tensor([math.pi / 4, math.pi / 2], dtype=torch.float64)).float()
-        tensor([0.5000, 1.0000])
-    """
-    return schedule.time(-2 * phi.clamp(max=math.pi / 2).tan().log()).clamp(max=1)
-
-
-def velocity(denoiser: Denoiser, y: Data, phi: Times, condition: Condition | None, dtype: torch.dtype) -> Data:
-    """Return v(y, phi) (B, *D) in y's dtype, the denoiser called in its own: equation (1)."""
-    t = time_of_angle(denoiser.schedule, phi)
-    alpha, sigma = denoiser.schedule.marginal(t)
-    x = per_sample(torch.hypot(alpha, sigma), y) * y
-    estimate = denoiser(x.to(dtype), t, condition)
-    return per_sample(phi.cos(), y) * estimate.eps.to(y) - per_sample(phi.sin(), y) * estimate.x0.to(y)
 
 
 @dataclass(frozen=True)

@@ -65,6 +65,7 @@ samplers = Registry(
         "dpm2": f"{_HERE}.samplers.runge_kutta:DPM2",
         "euler-ancestral": f"{_HERE}.samplers.runge_kutta:EulerAncestral",
         "dpm2-ancestral": f"{_HERE}.samplers.runge_kutta:DPM2Ancestral",
+        "adaptive": f"{_HERE}.samplers.adaptive:Adaptive",
         "restart": f"{_HERE}.samplers.restart:Restart",
         "langevin": f"{_HERE}.samplers.langevin:AnnealedLangevin",
         "euler-maruyama": f"{_HERE}.samplers.langevin:EulerMaruyama",

@@ -143,7 +143,8 @@ class SamplingPlan:
         words += f" ({options})" if options else ""
         words += f", {self.steps} step{'s' * (self.steps != 1)} on {self.grid_name}"
         words += f", guidance {self.guidance}" if self.guidance is not None else ""
-        return f"{words}: {self.evaluations} evaluation{'s' * (self.evaluations != 1)} each"
+        least = "at least " if self.sampler.adaptive else ""
+        return f"{words}: {least}{self.evaluations} evaluation{'s' * (self.evaluations != 1)} each"
 
     def options(self) -> dict[str, Any]:
         """Return the sampler's options; of a fitted one, none: it is a recipe."""

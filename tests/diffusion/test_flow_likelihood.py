@@ -15,15 +15,14 @@ from reverie.diffusion.dequantisation import log_cell, spread
 from reverie.diffusion.flow_likelihood import (
     Likelihood,
     ProbabilityFlow,
-    angle,
     discrete_log_likelihood,
     draw_probes,
     log_likelihood,
-    time_of_angle,
     walk,
 )
 from reverie.diffusion.likelihood import bound
 from reverie.diffusion.oracles import Gaussian, Mixture
+from reverie.diffusion.probability_flow import angle, time_of_angle
 from reverie.diffusion.registry import schedules
 from reverie.diffusion.schedules import EDM, VE, VP, table
 

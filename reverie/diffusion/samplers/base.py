@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float, Int64
@@ -80,10 +81,15 @@ class Step:
 
 @dataclass(frozen=True)
 class Sampler(ABC):
-    """A rule that moves samples from time t to time s. `stochastic` says whether a step draws noise."""
+    """A rule that moves samples from time t to time s.
+
+    `stochastic` says whether a step draws noise; `adaptive`, whether it calls the denoiser as often as it sees fit.
+    """
+
+    adaptive: ClassVar[bool] = False
 
     def cost(self, here: Level, there: Level) -> int:
-        """Return how often the denoiser is called in a step from one level to another."""
+        """Return how often the denoiser is called in a step from one level to another; at least, if adaptive."""
         return 1
 
     def count(self, schedule: Schedule, grid: Float[Tensor, " n"]) -> int:

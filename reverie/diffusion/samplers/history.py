@@ -18,7 +18,7 @@ class History:
 
     Arguments:
         values: Estimates, each (B, *D); zero where there was none yet.
-        lam: The lambda of each of them for each sample, as lam[j][row].
+        lam: The lambda of each of them, in the same order: a list with a number for each sample.
     """
 
     values: list[Tensor]
