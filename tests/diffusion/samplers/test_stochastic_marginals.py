@@ -102,7 +102,7 @@ def label(value) -> str | None:
     return str(value(4)).replace(" ", "") if callable(value) else None
 
 
-@pytest.mark.parametrize("name", ["vp", "edm", "flow"])
+@pytest.mark.parametrize("name", ["vp", "edm", pytest.param("flow", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("make", "order"), WEAK_ORDER, ids=label)
 def test_the_marginals_are_right_at_every_level_in_the_limit_of_small_steps(make, order, name, line):
     """And the error falls with the step's first or second power at least: the order in the distribution's sense."""
@@ -115,16 +115,19 @@ def test_the_marginals_are_right_at_every_level_in_the_limit_of_small_steps(make
 def test_edms_own_noise_is_louder_than_the_marginals_allow(line):
     """S_noise = 1.003, which is in its authors' settings, widens them, and more steps do not help."""
     oracle = line(schedules["edm"]())
-    for n in (64, 128):
-        grid = levels_of(oracle.schedule, n, ENDS["edm"])
-        found = [max(wrong(EDMHeun(churn=6.0, churn_noise=loud), oracle, grid)) for loud in (1.0, 1.05)]
-        assert found[1] > 10 * found[0]
+    coarse, fine = (levels_of(oracle.schedule, n, ENDS["edm"]) for n in (32, 64))
+    quiet, loud = (
+        [max(wrong(EDMHeun(churn=6.0, churn_noise=scale), oracle, grid)) for grid in (coarse, fine)]
+        for scale in (1.0, 1.05)
+    )
+    assert quiet[1] < 0.01
+    assert loud[1] > 0.8 * loud[0] > 0.08
 
 
 # Langevin -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size", [0.4, 0.2, 0.1])
+@pytest.mark.parametrize("size", [0.4, 0.2])
 def test_langevins_bias_is_that_of_its_step(size, line):
     """x <- (1 - k) x + ..., k = size sigma^2 / 2C, has the variance C / (1 - k / 2) when it no longer changes."""
     oracle = line(schedules["ve"]())
@@ -132,7 +135,7 @@ def test_langevins_bias_is_that_of_its_step(size, line):
         sigma = oracle.schedule.sigma(torch.tensor(t, dtype=F64)).item()
         total = VARIANCE + sigma**2
         k = size * sigma**2 / (2 * total)
-        moves = int(16 / k)
+        moves = int(12 / k)
         ((mean, variance),) = along(AnnealedLangevin(moves, size), oracle, torch.tensor([t, s], dtype=F64))
         assert mean == pytest.approx(MEAN, abs=1e-3)
         assert variance == pytest.approx(total / (1 - k / 2), rel=1e-4)
@@ -193,13 +196,18 @@ def test_in_few_dimensions_the_corrector_is_too_wide(dimensions):
 # A mixture ------------------------------------------------------------------------------------
 
 MIXTURE = [
-    *((DPMpp2MSDE(), "vp", 150), (DPMpp3MSDE(), "vp", 150), (DPM2Ancestral(), "vp", 150)),
-    *((EDMHeun(churn=20.0, churn_noise=1.0), "edm", 150), (Restart(low=0.1, high=0.6, inner=30), "edm", 100)),
-    (EulerMaruyama(), "vp", 300),
+    (DPMpp2MSDE(), "vp", 150),
+    (EDMHeun(churn=20.0, churn_noise=1.0), "edm", 150),
+    (Restart(low=0.1, high=0.6, inner=30), "edm", 100),
+    pytest.param(DPMpp3MSDE(), "vp", 150, marks=pytest.mark.slow),
+    pytest.param(DPM2Ancestral(), "vp", 150, marks=pytest.mark.slow),
+    pytest.param(EulerMaruyama(), "vp", 300, marks=pytest.mark.slow),
 ]
 
 
-@pytest.mark.parametrize(("sampler", "name", "steps"), MIXTURE, ids=lambda v: type(v).__name__ if v else None)
+@pytest.mark.parametrize(
+    ("sampler", "name", "steps"), MIXTURE, ids=lambda v: type(v).__name__ if isinstance(v, Sampler) else str(v)
+)
 def test_samples_have_the_mixtures_distribution(sampler, name, steps, walk, judge, mixture):
     """Seven tests, each with a false-positive rate of 1e-5."""
     oracle = mixture(schedules[name]())
