@@ -96,7 +96,7 @@ class Walk:
 
     Arguments:
         nodes: Indices into the fine grid.
-        x: Where the samples are before each step: x[k][set].
+        x: Where the samples are before each step: for each step, for each set.
         estimates: Their estimates there.
         weights: The fitted weights of each step, the current estimate's first.
         end: Where they end.
