@@ -122,7 +122,7 @@ def test_more_walks_are_never_worse():
 @pytest.mark.parametrize("name", ["linear", "cosine"])
 def test_what_is_shipped_is_a_solver_for_its_schedule(name):
     schedule = schedules[name]()
-    for steps in (1, 4, 10, 20, 50):
+    for steps in (1, 4, 10, 20):
         for numbers in (2, 3072):
             recipe = general(schedule, steps, numbers)
             assert recipe.steps == steps

@@ -118,7 +118,7 @@ def test_a_grid_that_is_none_is_refused(model, grid, words):
         ({"grid": "traling"}, "no grid 'traling', did you mean trailing"),
         ({"eta": 2.0}, r"eta is 2\.0; it must lie in \[0, 1\]"),
         ({"eta": math.nan}, "eta is nan"),
-        ({"sampler": "ddpm", "eta": 0.5}, "eta has no effect here: it belongs to ddim, .*dpm2, .* .sampler ddpm takes variance"),
+        ({"sampler": "ddpm", "eta": 0.5}, r"eta has no effect here: it belongs to ddim, .*dpm2.* \(sampler ddpm takes"),
         ({"variance": "small"}, "variance has no effect here: it belongs to ddpm"),
         ({"sampler": DDIM(0.5), "eta": 0.1}, "eta is given beside a sampler that has its own"),
         ({"sampler": "ddpm", "variance": "huge"}, "variance.*huge"),
