@@ -3,7 +3,7 @@
     python tools/fit_recipes.py --schedules linear,cosine
 
 They are fitted, by reverie.diffusion.tuning, to mixtures of Gaussians that are drawn by seeds which nothing else uses;
-no network is among them. There are two for each schedule and number of steps: small, for samples of fewer than 512
+no network is among them. There are two for each schedule and number of steps: small, for samples of fewer than 2048
 numbers, fitted in 2 to 64 dimensions, and large, fitted in 2 to 3072. What is named is fitted anew, the rest is kept.
 """
 

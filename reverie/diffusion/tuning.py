@@ -32,7 +32,7 @@ from torch import Tensor
 from reverie.base.errors import UsageError
 from reverie.base.randomness import Noise
 from reverie.diffusion.denoisers import Denoiser
-from reverie.diffusion.grids import close, ends
+from reverie.diffusion.grids import close, ends, karras, trailing
 from reverie.diffusion.levels import Level, levels
 from reverie.diffusion.predictions import Data
 from reverie.diffusion.samplers.base import ask, run, start
@@ -298,14 +298,22 @@ def tune(
 
 
 def start_walk(sets: Sequence[Trajectories], steps: int) -> Walk:
-    """Return the better of two first walks: of the nodes by dynamic programming, and of those uniform in lambda."""
-    fine = len(sets[0].known)
-    even = [round(i * (fine - 1) / max(steps - 1, 1)) for i in range(steps)]
-    planned = plan_nodes(sets, steps)
-    tried = [walk(sets, even)]
-    if len(planned) == steps and planned[0] == 0:
-        tried.append(walk(sets, planned))
-    return min(tried, key=lambda one: one.loss)
+    """Return the best of some first walks: of the nodes by dynamic programming, and of those next to usual grids."""
+    schedule = sets[0].denoiser.schedule
+    first, last = ends(schedule)
+    grids = [trailing(schedule, steps)[:-1], karras(schedule, steps)[:-1]]
+    lambdas = [[level.lam for level in levels(schedule, grid.tolist())] for grid in grids]
+    lambdas.append(torch.linspace(first / 2, last / 2, steps, dtype=torch.float64).tolist())
+    tried = [plan_nodes(sets, steps), *(nearest_nodes(sets[0].known, lam) for lam in lambdas)]
+    rising = [nodes for nodes in tried if len(nodes) == steps and nodes[0] == 0]
+    return min((walk(sets, nodes) for nodes in rising), key=lambda one: one.loss)
+
+
+def nearest_nodes(known: Sequence[Level], lam: Sequence[float]) -> list[int]:
+    """Return the nodes nearest to some lambdas, the first 0; fewer than asked for where two are the same."""
+    fine = torch.tensor([level.lam for level in known[1:]], dtype=torch.float64)
+    found = [int((fine - value).abs().argmin()) + 1 for value in lam[1:]]
+    return sorted({0, *found})
 
 
 def noise(denoiser: Denoiser, shape: Sequence[int], seeds: Sequence[int], device: torch.device | str = "cpu") -> Data:
