@@ -105,17 +105,19 @@ def measure(cases: list[Case], solve: Solve, evaluations: int) -> tuple[float, f
     return errors.median().item(), errors.square().mean().sqrt().item()
 
 
-def tuned_recipe(dimension: int, evaluations: int, walks: int, cache: dict[int, Any]) -> Recipe:
+def tuned_recipe(dimension: int, evaluations: int, walks: int | None, cache: dict[int, Any]) -> Recipe:
     """Return the recipe that `tune` finds on the mixtures, from starts that are judged nowhere."""
     if dimension not in cache:
         mixtures = [random_mixture(dimension, seed, make_table("linear")) for seed in TUNED_ON]
         shape = (TRAINING[dimension], dimension)
         starts = [normal(shape, seed, "tuning").double() for seed in TUNED_ON]
         cache[dimension] = [trajectories(m, x) for m, x in zip(mixtures, starts, strict=True)]
-    return tune(cache[dimension], evaluations, walks)[0]
+    return tune(cache[dimension], evaluations, walks or max(60, 10 * evaluations))[0]
 
 
-def column(dimension: int, nfe: int, cases: dict[str, list[Case]], walks: int, cache: dict[int, Any]) -> dict[str, Any]:
+def column(
+    dimension: int, nfe: int, cases: dict[str, list[Case]], walks: int | None, cache: dict[int, Any]
+) -> dict[str, Any]:
     """Return one column of a table: the best peers and ours."""
     peers: dict[str, tuple[float, float]] = {}
     for name, solve in [*diffusers_solvers(), *k_diffusion_solvers()]:
@@ -170,7 +172,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--dimensions", default="2,64,3072", help="with commas")
     parser.add_argument("--evaluations", default=",".join(map(str, NFES)), help="with commas")
-    parser.add_argument("--walks", type=int, default=60, help="candidate grids that tune may try")
+    parser.add_argument("--walks", type=int, help="candidate grids that tune may try (default: as reverie tune)")
     parser.add_argument("--starts", type=int, help="starts of each mixture (default: 512; 128 in 3072 dimensions)")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()

@@ -24,7 +24,9 @@ class TuneSettings(BaseModel):
     store: bool = option("what", True, "keep it in the model's card, for --sampler auto")
 
     samples: int | None = option("effort", None, "trajectories to fit to; by their size", ge=2, le=10_000)
-    walks: int = option("effort", 60, "candidate grids for each number of steps", ge=1, le=100_000)
+    walks: int | None = option(
+        "effort", None, "candidate grids; ten times as many as steps, at least 60", ge=1, le=100_000
+    )
     seed: int = option("effort", 0, "seed of the trajectories", ge=0, le=2**31)
     device: str = option("effort", "auto", "auto, cpu, cuda or cuda:N")
     threads: int | None = option("effort", None, "threads that compute; torch's own number", ge=1, le=1024)

@@ -33,7 +33,7 @@ def tune_model(
     *,
     guidance: float | None = None,
     samples: int | None = None,
-    walks: int = 60,
+    walks: int | None = None,
     seed: int = 0,
     report: Report | None = None,
 ) -> list[FittedSolver]:
@@ -44,7 +44,7 @@ def tune_model(
         steps: Numbers of evaluations.
         guidance: w; of a model with classes, samples of all classes are used; None takes the card's.
         samples: Exact trajectories to fit to; as many again are for judging. None: by the samples' size, 8 to 64.
-        walks: Candidate grids for each number of steps.
+        walks: Candidate grids for each number of steps; None: ten times as many as steps, at least 60.
         seed: Seed of the trajectories' noise.
         report: Called with what is done, how much of it, of how much, and the error so far.
 
@@ -57,7 +57,13 @@ def tune_model(
     """
     numbers = math.prod(model.card.shape)
     count = samples or min(max(NUMBERS // numbers, 8), 64)
-    if not 2 <= count <= 10_000 or walks < 1 or not steps or min(steps) < 1 or max(steps) >= FINE:
+    if (
+        not 2 <= count <= 10_000
+        or (walks is not None and walks < 1)
+        or not steps
+        or min(steps) < 1
+        or max(steps) >= FINE
+    ):
         raise UsageError(
             f"samples is {count}, walks {walks}, steps {list(steps)}; "
             f"they must lie in 2..10000, from 1, and in 1..{FINE - 1}"
@@ -90,10 +96,11 @@ def fit(
     fitting: Trajectories,
     judging: Trajectories,
     guidance: float | None,
-    walks: int,
+    walks: int | None,
     report: Report | None,
 ) -> FittedSolver:
     """Fit one solver, and judge it beside the published ones."""
+    walks = walks or max(60, 10 * steps)
     told = None
     if report is not None:
         told = lambda done, loss: report(f"{steps} steps", done, walks, math.exp(loss / 2))  # noqa: E731
