@@ -12,7 +12,7 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import click
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 from pydantic.fields import FieldInfo
 
 from reverie.base.errors import UsageError
@@ -101,6 +101,11 @@ def options(model: type[BaseModel], aliases: Mapping[str, Sequence[str]] | None 
         ['--batch-size']
     """
     return [option(name, field, (aliases or {}).get(name, ())) for name, field in model.model_fields.items()]
+
+
+def setting(group: str, default: Any, help: str, **bounds: Any) -> Any:
+    """Return a field with its group and its help, of which `options` makes a flag."""
+    return Field(default, description=help, json_schema_extra={"group": group}, **bounds)
 
 
 def option(name: str, field: FieldInfo, aliases: Sequence[str] = ()) -> Option:

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import click
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, model_validator
 
 from reverie.base.errors import StorageError, UsageError
 from reverie.base.registry import Registry
 from reverie.cli.console import emit, result
-from reverie.cli.options import Command, Option, flag, options, settle
+from reverie.cli.options import Command, Option, flag, options, setting, settle
 from reverie.diffusion.registry import grids, samplers
 
 MOST_SEED = 2**63 - 1
@@ -28,47 +28,42 @@ def named(registry: Registry, *others: str) -> Callable[[str | None], str | None
     return check
 
 
-def option(group: str, default: Any, help: str, **bounds: Any) -> Any:
-    """Return a field with its group and its help."""
-    return Field(default, description=help, json_schema_extra={"group": group}, **bounds)
-
-
 class SampleSettings(BaseModel):
     """What `reverie sample` is told; None means: as the model's card says."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    n: int | None = option("what", None, "how many, of each class asked for; 16 if not said", ge=1, le=1_000_000)
-    class_: tuple[str, ...] = option("what", (), "classes by name or number, with commas or repeated; or all")
-    seed: int | None = option("what", None, "the first one's, each next being one more; -1 or nothing: a random one",
+    n: int | None = setting("what", None, "how many, of each class asked for; 16 if not said", ge=1, le=1_000_000)
+    class_: tuple[str, ...] = setting("what", (), "classes by name or number, with commas or repeated; or all")
+    seed: int | None = setting("what", None, "the first one's, each next being one more; -1 or nothing: a random one",
                               ge=-1, le=MOST_SEED)  # fmt: skip
-    again: str | None = option("what", None, "a PNG of reverie's: make that picture again")
+    again: str | None = setting("what", None, "a PNG of reverie's: make that picture again")
 
-    sampler: Annotated[str | None, AfterValidator(named(samplers, "auto"))] = option(
+    sampler: Annotated[str | None, AfterValidator(named(samplers, "auto"))] = setting(
         "how", None, "sampler: auto, the best for the model and the steps; or " + ", ".join(samplers)
     )
-    steps: int | None = option("how", None, "steps of the sampler", ge=1, le=1_000_000)
-    grid: Annotated[str | None, AfterValidator(named(grids))] = option("how", None, "time grid: " + ", ".join(grids))
-    times: tuple[int | float, ...] | None = option(
+    steps: int | None = setting("how", None, "steps of the sampler", ge=1, le=1_000_000)
+    grid: Annotated[str | None, AfterValidator(named(grids))] = setting("how", None, "time grid: " + ", ".join(grids))
+    times: tuple[int | float, ...] | None = setting(
         "how", None, "a grid of one's own: decreasing times in (0, 1], or a table's timesteps", max_length=100_000
     )
-    eta: float | None = option("how", None, "ddim's share of noise", ge=0, le=1, allow_inf_nan=False)
-    variance: Literal["small", "large", "learned"] | None = option("how", None, "ddpm's variance")
-    set_: tuple[str, ...] = option("how", (), "any other option of the sampler or the grid, as order=2")
-    guidance: float | None = option("how", None, "weight of the class: 1 is no guidance", allow_inf_nan=False)
-    clip: bool | None = option("how", None, "keep the estimate of the image within its range")
-    threshold: float | None = option("how", None, "dynamic thresholding at this quantile", gt=0, le=1)
+    eta: float | None = setting("how", None, "ddim's share of noise", ge=0, le=1, allow_inf_nan=False)
+    variance: Literal["small", "large", "learned"] | None = setting("how", None, "ddpm's variance")
+    set_: tuple[str, ...] = setting("how", (), "any other option of the sampler or the grid, as order=2")
+    guidance: float | None = setting("how", None, "weight of the class: 1 is no guidance", allow_inf_nan=False)
+    clip: bool | None = setting("how", None, "keep the estimate of the image within its range")
+    threshold: float | None = setting("how", None, "dynamic thresholding at this quantile", gt=0, le=1)
 
-    out: str = option("where to", "outputs", "folder for the pictures; nothing in it is overwritten")
-    grid_picture: bool = option("where to", True, "write all on one sheet too")
-    animate: bool = option("where to", False, "write the denoising as an animation too")
+    out: str = setting("where to", "outputs", "folder for the pictures; nothing in it is overwritten")
+    grid_picture: bool = setting("where to", True, "write all on one sheet too")
+    animate: bool = setting("where to", False, "write the denoising as an animation too")
 
-    batch_size: int | None = option("machine", None, "images at a time: memory against speed", ge=1, le=1_000_000)
-    fast: bool = option("machine", False, "let a picture's last bits depend on its batch")
-    device: str = option("machine", "auto", "auto, cpu, cuda or cuda:N")
-    dtype: Literal["float32", "bfloat16"] | None = option("machine", None, "the network's arithmetic")
-    threads: int | None = option("machine", None, "threads that compute; torch's own number", ge=1, le=1024)
-    ema: str | None = option("machine", None, "which averaged weights of a run, such as 0.999; none for the others")
+    batch_size: int | None = setting("machine", None, "images at a time: memory against speed", ge=1, le=1_000_000)
+    fast: bool = setting("machine", False, "let a picture's last bits depend on its batch")
+    device: str = setting("machine", "auto", "auto, cpu, cuda or cuda:N")
+    dtype: Literal["float32", "bfloat16"] | None = setting("machine", None, "the network's arithmetic")
+    threads: int | None = setting("machine", None, "threads that compute; torch's own number", ge=1, le=1024)
+    ema: str | None = setting("machine", None, "which averaged weights of a run, such as 0.999; none for the others")
 
     @model_validator(mode="after")
     def check(self) -> "SampleSettings":

@@ -3,15 +3,10 @@
 from typing import Any
 
 import click
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict
 
 from reverie.cli.console import emit, result
-from reverie.cli.options import Command, Option, options, settle
-
-
-def option(group: str, default: Any, help: str, **bounds: Any) -> Any:
-    """Return a field with its group and its help."""
-    return Field(default, description=help, json_schema_extra={"group": group}, **bounds)
+from reverie.cli.options import Command, Option, options, setting, settle
 
 
 class TuneSettings(BaseModel):
@@ -19,18 +14,18 @@ class TuneSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    steps: tuple[int, ...] = option("what", ..., "evaluations to fit a solver for, with commas", min_length=1)
-    guidance: float | None = option("what", None, "the guidance that it is for; the model's own", allow_inf_nan=False)
-    store: bool = option("what", True, "keep it in the model's card, for --sampler auto")
+    steps: tuple[int, ...] = setting("what", ..., "evaluations to fit a solver for, with commas", min_length=1)
+    guidance: float | None = setting("what", None, "the guidance that it is for; the model's own", allow_inf_nan=False)
+    store: bool = setting("what", True, "keep it in the model's card, for --sampler auto")
 
-    samples: int | None = option("effort", None, "trajectories to fit to; by their size", ge=2, le=10_000)
-    walks: int | None = option(
+    samples: int | None = setting("effort", None, "trajectories to fit to; by their size", ge=2, le=10_000)
+    walks: int | None = setting(
         "effort", None, "candidate grids; ten times as many as steps, at least 60", ge=1, le=100_000
     )
-    seed: int = option("effort", 0, "seed of the trajectories", ge=0, le=2**31)
-    device: str = option("effort", "auto", "auto, cpu, cuda or cuda:N")
-    threads: int | None = option("effort", None, "threads that compute; torch's own number", ge=1, le=1024)
-    ema: str | None = option("effort", None, "which averaged weights of a run, such as 0.999; none for the others")
+    seed: int = setting("effort", 0, "seed of the trajectories", ge=0, le=2**31)
+    device: str = setting("effort", "auto", "auto, cpu, cuda or cuda:N")
+    threads: int | None = setting("effort", None, "threads that compute; torch's own number", ge=1, le=1024)
+    ema: str | None = setting("effort", None, "which averaged weights of a run, such as 0.999; none for the others")
 
 
 ALIASES = {"guidance": ("--cfg-scale", "--guidance-scale"), "seed": ("-s",), "threads": ("-t",)}
