@@ -111,8 +111,10 @@ def requests(sampler: Sampler, schedule: Schedule, grid: Tensor) -> list[list[fl
 
     Raises:
         UsageError: A step first asks at another x or t than where it starts, which a pipeline could not know: EDM's
-            churn does.
+            churn does; or the sampler is adaptive.
     """
+    if sampler.adaptive:
+        raise UsageError(f"{sampler} asks as often as it sees fit, and a pipeline must know beforehand; use another")
     found, last = [], len(grid) - 1
     denoiser, start = Listening(schedule), torch.ones(1, 1, 2, 2)
     state = sampler.init(start, grid[0].item())
@@ -371,7 +373,7 @@ def as_scheduler(
     asks the model several times a step has as many `timesteps` a step.
 
     Arguments:
-        sampler: Any that asks the model where a step starts: all but those with churn.
+        sampler: Any that asks the model where a step starts, and as often as it says: none with churn, none adaptive.
         schedule: The noise schedule that the network was trained on.
         prediction: What its output means, by name or as an object.
         grid: The name of the grid; `set_timesteps` makes it.
