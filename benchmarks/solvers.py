@@ -9,6 +9,8 @@ every deterministic sampler of k-diffusion is run with every spacing that it has
 and the best of them in each column is what ours is set beside, whichever that is: one number for the median, one for
 the root mean square, over the starts, of the error's norm divided by the root of the dimension.
 
+k-diffusion takes part where `pip install --no-deps k-diffusion` has put it: only its module of samplers is read.
+
 ours:   auto     what `--sampler auto` takes for a model that it knows nothing of
         tuned    `tune` on these mixtures, from other starts
         unseen   the same solver on mixtures that it was not tuned on
