@@ -85,9 +85,12 @@ class Replay(NetworkDenoiser):
         self.outputs: list[Tensor] = []
         self.used = 0
 
-    def call(self, x: Data, t: Times, alpha: Times, sigma: Times, condition: Condition | None) -> Tensor:
+    def forward(self, x: Data, t: Times, condition: Condition | None = None) -> Estimate:
         if self.used == len(self.outputs):
             raise Asked(x, t)
+        return super().forward(x, t, condition)
+
+    def call(self, x: Data, time: Times, alpha: Times, sigma: Times, condition: Condition | None) -> Tensor:
         self.used += 1
         return self.outputs[self.used - 1]
 

@@ -60,6 +60,25 @@ def loop(scheduler, network, x, steps, **options):
     return x
 
 
+@pytest.mark.parametrize(("name", "schedule", "prediction"), [("heun", "linear", "eps"), ("dpm2", "edm", "edm")])
+def test_the_preview_is_that_of_the_time_asked_also_within_a_step(name, schedule, prediction):
+    """pred_original_sample is the estimate at the x and the time that the model was shown."""
+    schedule = schedules[schedule]()
+    scheduler = as_scheduler(samplers[name](), schedule, prediction)
+    denoiser = NetworkDenoiser(Net(), schedule, prediction)
+    asked = []
+    denoiser.register_forward_hook(lambda module, inputs, estimate: asked.append(estimate.x0))
+    x = normal((2, 1, 4, 4), 0, "start").double() * schedule.prior_std(torch.ones(1, dtype=F64))
+    grid = grids["trailing"](schedule, 4)
+    list(run(samplers[name](), denoiser, samplers[name]().init(x, 1.0), grid, Noise([0, 1])))
+    scheduler.set_timesteps(4)
+    for t, want in zip(scheduler.timesteps, asked, strict=True):
+        output = Net()(scheduler.scale_model_input(x, t), t.to(x.dtype).expand(2))
+        step = scheduler.step(output, t, x)
+        torch.testing.assert_close(step.pred_original_sample, want, rtol=1e-5, atol=1e-5)
+        x = step.prev_sample
+
+
 def pictures(x):
     """What their pipelines make of samples."""
     return (x / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
