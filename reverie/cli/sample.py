@@ -40,7 +40,7 @@ class SampleSettings(BaseModel):
     again: str | None = setting("what", None, "a PNG of reverie's: make that picture again")
 
     sampler: Annotated[str | None, AfterValidator(named(samplers, "auto"))] = setting(
-        "how", None, "sampler: auto, the best for the model and the steps; or " + ", ".join(samplers)
+        "how", None, "sampler: auto, which tune fits to the model; or " + ", ".join(samplers)
     )
     steps: int | None = setting("how", None, "steps of the sampler", ge=1, le=1_000_000)
     grid: Annotated[str | None, AfterValidator(named(grids))] = setting("how", None, "time grid: " + ", ".join(grids))

@@ -1,4 +1,8 @@
-"""Which sampler, where the request says `auto`: the model's own, else one fitted beforehand, else a published one."""
+"""Which sampler, where the request says `auto`: the model's own, else one fitted beforehand, else a published one.
+
+docs/benchmarks.md has how far each is from the exact solution; on a model that has no solver of its own, another may
+be nearer.
+"""
 
 import math
 from typing import NamedTuple
@@ -28,7 +32,7 @@ class Choice(NamedTuple):
 
 
 def choose(card: Card, schedule: Schedule, steps: int, guidance: float | None) -> Choice:
-    """Return the best sampler there is for so many steps: by measurement, see docs/benchmarks.md.
+    """Return the sampler for so many steps: fitted to the model, or beforehand, or else UniPC.
 
     Arguments:
         card: The model's card, which holds the solvers that were fitted to it.

@@ -84,7 +84,7 @@ class FittedSolver(Part):
     """
 
     lam: Annotated[tuple[float, ...], Field(min_length=1, max_length=1000)]
-    weights: Annotated[tuple[Annotated[tuple[float, ...], Field(min_length=1, max_length=1000)], ...], Field()]
+    weights: tuple[Annotated[tuple[float, ...], Field(min_length=1, max_length=1000)], ...]
     guidance: float | None = None
     error: float = Field(0.0, ge=0)
     best_published: float = Field(0.0, ge=0)

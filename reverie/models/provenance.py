@@ -75,7 +75,7 @@ class Record(Part):
     classes: tuple[Name | None, ...] | None
     sampler: Name
     options: dict[Name, Number | Name]
-    recipe: Annotated[FittedSolver | None, Field()] = None
+    recipe: FittedSolver | None = None
     grid: Name | Annotated[tuple[float, ...], Field(max_length=1_000_000)]
     steps: Annotated[int, Field(ge=1, le=1_000_000)]
     guidance: float | None

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -17,7 +16,7 @@ from reverie.diffusion.tuning import FINE, Trajectories, noise, trajectories, tu
 from reverie.models.card import FittedSolver
 from reverie.models.memory import check_memory, memory_errors
 from reverie.models.model import Model
-from reverie.models.plan import make_plan
+from reverie.models.plan import SamplingPlan, make_plan
 from reverie.models.sampling import evaluating, prepared
 
 NUMBERS = 1 << 17  # numbers of all samples that a solver is fitted to, about
@@ -52,11 +51,11 @@ def tune_model(
         The fitted solvers, each with its error and the published solvers' least, on samples they were not fitted to.
 
     Raises:
-        UsageError: An argument is out of range.
+        UsageError: An argument is out of range, or there is no class to guide to.
         OutOfMemoryError: There is not enough memory for the trajectories.
     """
     numbers = math.prod(model.card.shape)
-    count = samples or min(max(NUMBERS // numbers, 8), 64)
+    count = min(max(NUMBERS // numbers, 8), 64) if samples is None else samples
     if (
         not 2 <= count <= 10_000
         or (walks is not None and walks < 1)
@@ -71,21 +70,26 @@ def tune_model(
     lower = "samples"
     check_memory(4 * 4 * FINE * count * numbers, torch.device("cpu"), f"{count} trajectories of {FINE} steps", lower)
     with memory_errors("the trajectories", lower), evaluating(model.denoiser.network), torch.no_grad():
-        fitting, judging = (teach(model, count, seed + part, guidance, report) for part in (0, 1))
-        return [fit(model, n, fitting, judging, guidance, walks, report) for n in sorted(set(steps))]
+        plans = [plan_samples(model, count, seed + part, guidance) for part in (0, 1)]
+        fitting, judging = (teach(model, plan, report) for plan in plans)
+        return [fit(model, n, fitting, judging, plans[0].guidance, walks, report) for n in sorted(set(steps))]
 
 
-def teach(model: Model, count: int, part: int, guidance: float | None, report: Report | None) -> Trajectories:
-    """Return exact trajectories of the model as it is sampled."""
+def plan_samples(model: Model, count: int, part: int, guidance: float | None) -> SamplingPlan:
+    """Return the plan of some samples, of all classes in turn: it settles, or refuses, the guidance."""
     seeds = [FIRST_SEED + part * 1_000_000 + i for i in range(count)]
     names = model.card.classes
-    classes = [names[i % len(names)] for i in range(count)] if names and (guidance is None or guidance != 0) else None
-    plan = make_plan(
-        model.denoiser, model.card, count, seed=seeds, classes=classes, guidance=guidance if classes else None,
-        steps=1, sampler="ddim", grid="trailing", exact=False,
+    classes = [names[i % len(names)] for i in range(count)] if names else None
+    return make_plan(
+        model.denoiser, model.card, count, seed=seeds, classes=classes, guidance=guidance,
+        steps=1, sampler="ddim", grid="trailing", exact=False, batch_size=count,
     )  # fmt: skip
-    denoiser = prepared(model.denoiser, replace(plan, batch_size=count), range(count), model.device)
-    x = noise(denoiser, model.card.shape, seeds, model.device)
+
+
+def teach(model: Model, plan: SamplingPlan, report: Report | None) -> Trajectories:
+    """Return exact trajectories of a plan's samples, guided and clipped as they would be."""
+    denoiser = prepared(model.denoiser, plan, range(plan.n), model.device)
+    x = noise(denoiser, plan.shape, plan.seeds, model.device)
     told = None if report is None else lambda step: report("exact trajectories", step, FINE, math.nan)
     return trajectories(denoiser, x, FINE, told)
 
@@ -100,7 +104,7 @@ def fit(
     report: Report | None,
 ) -> FittedSolver:
     """Fit one solver, and judge it beside the published ones."""
-    walks = walks or max(60, 10 * steps)
+    walks = max(60, 10 * steps) if walks is None else walks
     told = None
     if report is not None:
         told = lambda done, loss: report(f"{steps} steps", done, walks, math.exp(loss / 2))  # noqa: E731

@@ -7,8 +7,9 @@ import torch
 
 import reverie as rv
 from reverie.base.errors import UsageError
+from reverie.models.automatic import choose
 from reverie.models.builders import build
-from reverie.models.card import Card, FittedSolver, NetworkSpec, ScheduleSpec
+from reverie.models.card import Card, FittedSolver, NetworkSpec, SamplingDefaults, ScheduleSpec
 from reverie.models.model import Model
 from reverie.models.pictures import write_pictures
 from reverie.models.rewrite import store_solvers, with_solvers
@@ -60,11 +61,25 @@ def test_without_one_it_takes_what_is_shipped_and_without_that_unipc(model):
 
 
 def test_of_two_the_one_of_the_nearest_guidance(fitted, model):
-    strong = fitted[0].model_copy(update={"guidance": 4.0})
+    strong = fitted[0].model_copy(update={"guidance": 4.0, "lam": (-9.0, 1.0)})
     card = with_solvers(model.card, [*fitted, strong])
     assert [(solver.steps, solver.guidance) for solver in card.sampling.fitted] == [(2, None), (2, 4.0), (3, None)]
     again = with_solvers(card, [strong.model_copy(update={"error": 9.0})])
     assert [solver.error for solver in again.sampling.fitted if solver.guidance] == [9.0]
+    for w, lam in ((None, fitted[0].lam), (1.0, fitted[0].lam), (2.4, fitted[0].lam), (3.0, strong.lam)):
+        assert choose(card, model.denoiser.schedule, 2, w).sampler.recipe.lam == lam
+
+
+def test_of_a_model_with_classes_the_guidance_is_the_cards_where_none_is_given(model):
+    config = model.card.network.config | {"num_class_embeds": 3}
+    sampling = SamplingDefaults(guidance=2.0)
+    card = model.card.model_copy(
+        update={"classes": ("a", "b"), "network": NetworkSpec(config=config), "sampling": sampling}
+    )
+    classy = Model(build(card), card)
+    assert [tune_model(classy, [2], samples=2, walks=1, guidance=w)[0].guidance for w in (None, 0.0)] == [2.0, 0.0]
+    with pytest.raises(UsageError, match="no classes to guide to"):
+        tune_model(model, [2], guidance=2.0)
 
 
 def test_a_run_keeps_it_in_its_card(tmp_path, fitted, model):
