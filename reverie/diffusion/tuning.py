@@ -266,7 +266,7 @@ def tune(
     Arguments:
         sets: Exact trajectories, of one model or of several, on fine grids of the same lambdas.
         steps: Evaluations, at least 1 and below the fine grid's.
-        walks: How many candidate grids may be walked.
+        walks: How many candidate grids may be walked, at least 1.
         progress: Called with the number of walks and the least error (its logarithm) after each.
 
     Raises:
@@ -275,8 +275,9 @@ def tune(
     fine = len(sets[0].known)
     if not 1 <= steps < fine:
         raise UsageError(f"steps is {steps}; it must lie in 1..{fine - 1} to be fitted on trajectories of {fine} steps")
-    best = start_walk(sets, steps)
-    done, stride = 1, max(fine // (2 * steps), 1)
+    first = [walk(sets, nodes) for nodes in first_nodes(sets, steps)[:walks]]
+    best = min(first, key=lambda one: one.loss)
+    done, stride = len(first), max(fine // (2 * steps), 1)
     while stride and done < walks:
         improved = False
         for k in range(steps - 1, 0, -1):
@@ -297,16 +298,14 @@ def tune(
     return Recipe(lam, tuple(best.weights)), best
 
 
-def start_walk(sets: Sequence[Trajectories], steps: int) -> Walk:
-    """Return the best of some first walks: of the nodes by dynamic programming, and of those next to usual grids."""
-    schedule = sets[0].denoiser.schedule
-    first, last = ends(schedule)
+def first_nodes(sets: Sequence[Trajectories], steps: int) -> list[list[int]]:
+    """Return sets of nodes to begin with: by dynamic programming, uniform in lambda, and next to usual grids."""
+    schedule, known = sets[0].denoiser.schedule, sets[0].known
+    even = [round(i * (len(known) - 1) / max(steps - 1, 1)) for i in range(steps)]
     grids = [trailing(schedule, steps)[:-1], karras(schedule, steps)[:-1]]
-    lambdas = [[level.lam for level in levels(schedule, grid.tolist())] for grid in grids]
-    lambdas.append(torch.linspace(first / 2, last / 2, steps, dtype=torch.float64).tolist())
-    tried = [plan_nodes(sets, steps), *(nearest_nodes(sets[0].known, lam) for lam in lambdas)]
-    rising = [nodes for nodes in tried if len(nodes) == steps and nodes[0] == 0]
-    return min((walk(sets, nodes) for nodes in rising), key=lambda one: one.loss)
+    near = [nearest_nodes(known, [level.lam for level in levels(schedule, grid.tolist())]) for grid in grids]
+    tried = [plan_nodes(sets, steps), even, *near]
+    return [nodes for nodes in tried if len(nodes) == steps and nodes[0] == 0]
 
 
 def nearest_nodes(known: Sequence[Level], lam: Sequence[float]) -> list[int]:
