@@ -10,9 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from reverie.diffusion.levels import levels
+from reverie.diffusion.grids import ends
 from reverie.diffusion.samplers.learned import Recipe
 from reverie.diffusion.schedules import Schedule
 
@@ -65,7 +63,6 @@ def named_span(name: str) -> tuple[float, float]:
 
 
 def span(schedule: Schedule) -> tuple[float, float]:
-    """Return the first and last lambda that a sampler looks at; of a zero-SNR schedule that at t = 0.999 first."""
-    first = 0.999 if schedule.zero_terminal_snr else 1.0
-    begin, end = levels(schedule, [first, float(torch.tensor(schedule.t_min, dtype=torch.float64))])
-    return begin.lam, end.lam
+    """Return the first and last lambda that a sampler looks at."""
+    first, last = ends(schedule)
+    return first / 2, last / 2

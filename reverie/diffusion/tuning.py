@@ -37,7 +37,7 @@ from reverie.diffusion.levels import Level, levels
 from reverie.diffusion.predictions import Data
 from reverie.diffusion.samplers.base import ask, run, start
 from reverie.diffusion.samplers.dpmpp import DPMpp3M
-from reverie.diffusion.samplers.learned import Recipe
+from reverie.diffusion.samplers.learned import Recipe, factors
 
 PAST = 4  # past estimates that a step may use
 RIDGE = 1e-6  # of (1), relative to the mean square of the estimates
@@ -144,9 +144,10 @@ def fit_step(
     sets: Sequence[Trajectories], nodes: Sequence[int], k: int, x: list[Data], estimates: list[list[Data]]
 ) -> tuple[list[Data], tuple[float, ...]]:
     """Return where step k leads, and its weights: the regression (1)."""
-    here = sets[0].known[nodes[k]]
     last = k + 1 == len(nodes)
-    keep, gain = (0.0, 1.0) if last else factors(here, sets[0].known[nodes[k + 1]])
+    known = sets[0].known
+    (data,) = levels(sets[0].denoiser.schedule, [0.0])
+    keep, gain = factors(known[nodes[k]], data if last else known[nodes[k + 1]])
     used = range(k, max(k - PAST, 0) - 1, -1)
     # Each set counts the same, however many numbers it has.
     even = [1 / math.sqrt(one.end.numel()) for one in sets]
@@ -158,12 +159,6 @@ def fit_step(
         keep * y + gain * sum(c * estimates[j][i] for c, j in zip(row, used, strict=True)) for i, y in enumerate(x)
     ]
     return moved, tuple(row)
-
-
-def factors(here: Level, there: Level) -> tuple[float, float]:
-    """Return what is kept of x, and the factor on the estimates: (1) of learned.py in x."""
-    keep = there.sigma / here.sigma
-    return keep, there.alpha - keep * here.alpha
 
 
 def ridge(basis: Float[Tensor, "k n"], goal: Float[Tensor, " n"]) -> list[float]:

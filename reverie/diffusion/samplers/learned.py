@@ -85,6 +85,12 @@ class Recipe:
         return torch.cat([times, torch.zeros(1, dtype=torch.float64)])
 
 
+def factors(here: Level, there: Level) -> tuple[float, float]:
+    """Return what is kept of x, and the factor on the estimates' sum: equation (1) in x instead of z."""
+    keep = there.sigma / here.sigma
+    return keep, there.alpha - keep * here.alpha
+
+
 @dataclass(frozen=True)
 class Learned(Sampler):
     """A fitted multistep solver, one evaluation a step, on its own grid.
@@ -107,9 +113,8 @@ class Learned(Sampler):
         x0 = ask(denoiser, state.x, state.t).x0
         past = History.of(state, self.recipe.past)
         rows = [self.recipe.weights[k] for k in step.k]
-        keep = [b.sigma / a.sigma for a, b in zip(step.here, step.there, strict=True)]
-        gain = [b.alpha - r * a.alpha for r, a, b in zip(keep, step.here, step.there, strict=True)]
-        terms = [(keep, state.x)]
+        keep, gain = zip(*(factors(a, b) for a, b in zip(step.here, step.there, strict=True)), strict=True)
+        terms = [(list(keep), state.x)]
         for j, estimate in enumerate([x0, *past.values]):
             terms.append(([g * (row[j] if j < len(row) else 0.0) for g, row in zip(gain, rows, strict=True)], estimate))
         return replace(state, x=weighted(terms), x0=x0, memory=past.push(x0, step.here))

@@ -23,12 +23,13 @@ from torch import Tensor
 from reverie.base.errors import UsageError
 from reverie.base.randomness import Noise
 from reverie.diffusion.denoisers import Denoiser
-from reverie.diffusion.levels import Level, weighted
+from reverie.diffusion.levels import levels, weighted
 from reverie.diffusion.predictions import Data
 from reverie.diffusion.samplers.base import Sampler, State, Step, ask
 from reverie.diffusion.samplers.dpmpp import linear_terms
 from reverie.diffusion.samplers.exponential import Rule, step_weights
 from reverie.diffusion.samplers.history import History, orders
+from reverie.diffusion.schedules import Schedule
 
 MANY = 1 << 62  # steps: in every run the order falls towards the end
 
@@ -63,16 +64,14 @@ class UniPC(Sampler):
     def remember(self, x: Data) -> dict[str, Tensor]:
         memory = History.empty(x, self.order)
         if self.corrector:
-            memory |= {"x_before": torch.zeros_like(x), "t_before": torch.zeros(len(x), dtype=torch.float64)}
-            memory |= {
-                name: torch.zeros(len(x), dtype=torch.float64) for name in ("alpha_before", "sigma_before", "order")
-            }
+            memory |= {name: torch.zeros(len(x), dtype=torch.float64) for name in ("t_before", "order")}
+            memory["x_before"] = torch.zeros_like(x)
         return memory
 
     def move(self, denoiser: Denoiser, state: State, step: Step, noise: Noise) -> State:
         x0 = ask(denoiser, state.x, state.t).x0
         past = History.of(state, self.order)
-        x = self.correct(state, step, x0, past) if self.corrector else state.x
+        x = self.correct(denoiser.schedule, state, step, x0, past) if self.corrector else state.x
         due = orders(self.order, step, fall_below=MANY)
         weights = [
             step_weights(a.lam, b.lam, nodes, 0.0, self.rule)
@@ -81,19 +80,16 @@ class UniPC(Sampler):
         moved = weighted(linear_terms(step, weights, [x0, *past.values], x))
         memory = past.push(x0, step.here)
         if self.corrector:
-            memory |= {"x_before": x, "order": torch.tensor(due, dtype=torch.float64)}
-            memory |= {f"{name}_before": numbers(step, name) for name in ("t", "alpha", "sigma")}
+            memory |= {"x_before": x, "t_before": state.t, "order": torch.tensor(due, dtype=torch.float64)}
         return replace(state, x=moved, x0=x0, memory=memory)
 
-    def correct(self, state: State, step: Step, x0: Tensor, past: History) -> Data:
+    def correct(self, schedule: Schedule, state: State, step: Step, x0: Tensor, past: History) -> Data:
         """Return x_t, made anew from the step before with the new estimate among its nodes."""
         fresh = [k == 0 for k in step.k]
         if all(fresh):
             return state.x
-        rows = zip(
-            *(state.memory[f"{name}_before"].tolist() for name in ("t", "alpha", "sigma")), past.lam[0], strict=True
-        )
-        before = [Level(t, alpha, sigma, lam, 0.0) for t, alpha, sigma, lam in rows]
+        since = zip(state.memory["t_before"].tolist(), step.here, fresh, strict=True)
+        before = levels(schedule, [a.t if new else t for t, a, new in since])
         weights = []
         for row, (a, b, order) in enumerate(zip(before, step.here, state.memory["order"].tolist(), strict=True)):
             if fresh[row]:
@@ -102,15 +98,10 @@ class UniPC(Sampler):
             older = tuple(lam[row] for lam in past.lam[1 : int(order)])
             first, new, *rest = step_weights(a.lam, b.lam, (b.lam, *older), 0.0, self.rule)
             weights.append((first, *rest, *[0.0] * (self.order - 1 - len(rest)), new))
-        again = replace(step, here=[b if new else a for a, b, new in zip(before, step.here, fresh, strict=True)])
-        terms = linear_terms(replace(again, there=step.here), weights, [*past.values, x0], state.memory["x_before"])
+        again = replace(step, here=before, there=step.here)
+        terms = linear_terms(again, weights, [*past.values, x0], state.memory["x_before"])
         corrected = weighted(terms)
         if not any(fresh):
             return corrected
         mask = torch.tensor(fresh, device=corrected.device).reshape(-1, *[1] * (corrected.ndim - 1))
         return torch.where(mask, state.x, corrected)
-
-
-def numbers(step: Step, name: str) -> Tensor:
-    """Return something of the level where each sample is, (B,)."""
-    return torch.tensor([getattr(level, name) for level in step.here], dtype=torch.float64)
