@@ -186,16 +186,27 @@ class Fourier(nn.Module):
 
 
 class TimeEmbedding(nn.Module):
-    """Two linear layers with an activation between them, from features to an embedding."""
+    """Two linear layers with an activation between them, from features to an embedding.
 
-    def __init__(self, features: int, width: int, act: str = "silu") -> None:
+    Arguments:
+        features: Channels of the features.
+        width: Channels of the embedding.
+        act: The activation.
+        cond_dim: Channels of a second vector, which is projected and added to the features; None for no such.
+    """
+
+    def __init__(self, features: int, width: int, act: str = "silu", cond_dim: int | None = None) -> None:
         super().__init__()
         self.act = ACTIVATIONS[act]
         self.linear_1 = Linear(features, width)
+        self.cond_proj = None if cond_dim is None else Linear(cond_dim, features, bias=False)
         self.linear_2 = Linear(width, width)
 
-    def forward(self, features: Float[Tensor, "b f"]) -> Float[Tensor, "b w"]:
-        return self.linear_2(self.act(self.linear_1(features.to(self.linear_1.weight.dtype))))
+    def forward(self, features: Float[Tensor, "b f"], cond: Float[Tensor, "b d"] | None = None) -> Float[Tensor, "b w"]:
+        features = features.to(self.linear_1.weight.dtype)
+        if self.cond_proj is not None and cond is not None:
+            features = features + self.cond_proj(cond.to(features.dtype))
+        return self.linear_2(self.act(self.linear_1(features)))
 
 
 # Labels ---------------------------------------------------------------------------------------
@@ -262,9 +273,10 @@ class Upsample(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
-    def forward(self, x: Image, like: SizeOf) -> Resized:
-        """Double x and crop it to the size of `like`."""
-        return self.conv(crop(double(x), like))
+    def forward(self, x: Image, like: SizeOf | None = None) -> Resized:
+        """Double x, and crop it to the size of `like` where that is given."""
+        x = double(x)
+        return self.conv(x if like is None else crop(x, like))
 
 
 # The residual block ---------------------------------------------------------------------------
@@ -279,7 +291,8 @@ class ResidualBlock(nn.Module):
 
     Arguments:
         in_channels, out_channels: The shortcut is a 1x1 convolution where they differ.
-        time_channels: Width of the embedding, which comes with its activation already applied.
+        time_channels: Width of the embedding, which comes with its activation already applied; None for a
+            block without a time, as an autoencoder has them.
         groups: Groups of the first norm and, unless groups_out is given, of the second.
         scale_shift: The time scales and shifts instead of being added.
         scale_out: What the sum is divided by.
@@ -291,7 +304,7 @@ class ResidualBlock(nn.Module):
         self,
         in_channels: int,
         out_channels: int,
-        time_channels: int,
+        time_channels: int | None,
         *,
         groups: int,
         groups_out: int | None = None,
@@ -307,7 +320,9 @@ class ResidualBlock(nn.Module):
         self.act, self.scale_shift, self.scale_out, self.resample = act, scale_shift, scale_out, resample
         self.norm1 = GroupNorm(groups, in_channels, eps)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.time_emb_proj = Linear(time_channels, out_channels * (2 if scale_shift else 1))
+        self.time_emb_proj = None
+        if time_channels is not None:
+            self.time_emb_proj = Linear(time_channels, out_channels * (2 if scale_shift else 1))
         self.norm2 = GroupNorm(groups_out or groups, out_channels, eps)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = zeroed(nn.Conv2d(out_channels, out_channels, 3, padding=1))
@@ -315,7 +330,7 @@ class ResidualBlock(nn.Module):
         if shortcut or in_channels != out_channels:
             self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1)
 
-    def forward(self, x: Image, emb: Float[Tensor, "b t"], like: SizeOf | None = None) -> AnyImage:
+    def forward(self, x: Image, emb: Float[Tensor, "b t"] | None = None, like: SizeOf | None = None) -> AnyImage:
         """Return y; with a resampling, both branches are cropped to the size of `like` where it is given."""
         h = self.norm1(x, self.act)
         if self.resample is not None:
@@ -323,9 +338,14 @@ class ResidualBlock(nn.Module):
         if like is not None:
             x, h = crop(x, like), crop(h, like)
         h = self.conv1(h)
-        time = self.time_emb_proj(emb)[:, :, None, None]
-        h = self.norm2(h, self.act, *time.chunk(2, 1)) if self.scale_shift else self.norm2(h + time, self.act)
-        h = self.conv2(self.dropout(h))
+        h = self.conv2(self.dropout(self.timed(h, emb)))
         if self.conv_shortcut is not None:
             x = self.conv_shortcut(x)
         return x + h if self.scale_out == 1 else (x + h) / self.scale_out
+
+    def timed(self, h: Image, emb: Float[Tensor, "b t"] | None) -> Image:
+        """Return the second norm of h, activated, with what the time says where the block has one."""
+        if self.time_emb_proj is None:
+            return self.norm2(h, self.act)
+        time = self.time_emb_proj(emb)[:, :, None, None]
+        return self.norm2(h, self.act, *time.chunk(2, 1)) if self.scale_shift else self.norm2(h + time, self.act)

@@ -1,12 +1,16 @@
 r"""The U-Net: down through the levels, across the bottom, and up again with what was left on the way.
 
-    emb = act(W_2 silu(W_1 features(time)) + embedding(label))                                              (1)
+    emb = act(W_2 silu(W_1 features(time)) + embedding(label) + mlp([pooled, features(sizes)]))             (1)
     x_0 = conv(x);  x_{l+1} = down_l(x_l, emb);  y_L = middle(x_L, emb);  y_l = up_l([y_{l+1}, x_l], emb)       (2)
     out = conv(silu(norm(y_0)))                                                                             (3)
 
 Its parameters have the names and shapes of diffusers' UNet2DModel (with a context, of the layers of
 UNet2DConditionModel), so that weights go from one to the other as they are. It takes images of any size:
 an odd size is halved upwards, and the doubled image is cropped to what it came from.
+
+What Stable Diffusion's U-Nets take beside the image and the time: a context (the text's tokens); SDXL
+also `pooled`, one vector for the whole text, and `sizes`, six numbers: height and width of the original,
+top and left of the crop, height and width that are asked for.
 
 References:
     Denoising Diffusion Probabilistic Models (Ho et al., 2020), appendix B
@@ -15,6 +19,10 @@ References:
     https://arxiv.org/abs/2105.05233
     High-Resolution Image Synthesis with Latent Diffusion Models (Rombach et al., 2022), section 3.3
     https://arxiv.org/abs/2112.10752
+    SDXL: Improving Latent Diffusion Models for High-Resolution Image Synthesis (Podell et al., 2023), section 2.2
+    https://arxiv.org/abs/2307.01952
+    Latent Consistency Models (Luo et al., 2023), section 4.2, for the vector beside the time
+    https://arxiv.org/abs/2310.04378
 """
 
 from collections.abc import Mapping
@@ -57,7 +65,7 @@ class UNet(nn.Module):
         act = "silu" if config.context_dim is None else config.act_fn
         self.act = ACTIVATIONS[config.act_fn]
         self.act_out = act
-        self.time_embedding = TimeEmbedding(features, config.time_channels, act)
+        self.time_embedding = TimeEmbedding(features, config.time_channels, act, config.time_cond_proj_dim)
         self.class_embedding: nn.Module | None = None
         if config.class_embed_type == "timestep":
             self.class_embedding = TimeEmbedding(features, config.time_channels, act)
@@ -65,6 +73,12 @@ class UNet(nn.Module):
             self.class_embedding = nn.Identity()
         elif config.num_class_embeds is not None:
             self.class_embedding = nn.Embedding(config.num_class_embeds, config.time_channels)
+
+        self.add_time_proj: nn.Module | None = None
+        self.add_embedding: nn.Module | None = None
+        if config.addition_time_embed_dim is not None and config.projection_class_embeddings_input_dim is not None:
+            self.add_time_proj = Sinusoids(config.addition_time_embed_dim, config.flip_sin_to_cos, config.freq_shift)
+            self.add_embedding = TimeEmbedding(config.projection_class_embeddings_input_dim, config.time_channels)
 
         levels = range(len(config.channels))
         self.down_blocks = nn.ModuleList(
@@ -109,6 +123,10 @@ class UNet(nn.Module):
         time: Real[Tensor, " b"],
         label: Real[Tensor, "b ..."] | None = None,
         context: Float[Tensor, "b l d"] | None = None,
+        pooled: Float[Tensor, "b p"] | None = None,
+        sizes: Real[Tensor, "b s"] | None = None,
+        time_cond: Float[Tensor, "b e"] | None = None,
+        beside: Float[Tensor, "b k h w"] | None = None,
     ) -> Float[Tensor, "b out h w"]:
         """Return one image for each of the images x, at their times.
 
@@ -118,12 +136,20 @@ class UNet(nn.Module):
             label: One class for each (B,), where the config has classes; with class_embed_type "timestep"
                 a number (B,), with "identity" an embedding (B, time_channels).
             context: What the transformers attend to (B, L, D), where the config has context_dim.
+            pooled: One vector for each (B, P), where addition_embed_type is "text_time": SDXL's has 1280.
+            sizes: A few numbers for each (B, S), with it; P + S addition_time_embed_dim is
+                projection_class_embeddings_input_dim, so that SDXL's takes six and its refiner five.
+            time_cond: A vector that joins the time (B, E), where the config has time_cond_proj_dim.
+            beside: Further channels of the images (B, K, H, W), put after those of x: together they are
+                in_channels, as where a mask and a masked image tell what to paint.
 
         Raises:
             UsageError: Something is missing, is not wanted, or has the wrong shape.
         """
+        x = x if beside is None else with_channels(x, beside)
         self._check(x, time, label, context)
-        emb = self._embed(time, label)
+        self._check_added(len(x), pooled, sizes, time_cond)
+        emb = self._embed(time, label, pooled, sizes, time_cond)
         x = 2 * x - 1 if self.config.center_input_sample else x
         image: Tensor | None = x
         x = self.conv_in(x)
@@ -142,9 +168,16 @@ class UNet(nn.Module):
             x = (x / time[:, None, None, None]).to(x.dtype)
         return x
 
-    def _embed(self, time: Tensor, label: Tensor | None) -> Float[Tensor, "b t"]:
-        """Return the embedding of time and label, activated: equation (1)."""
-        emb = self.time_embedding(self._features(time))
+    def _embed(
+        self,
+        time: Tensor,
+        label: Tensor | None,
+        pooled: Tensor | None = None,
+        sizes: Tensor | None = None,
+        time_cond: Tensor | None = None,
+    ) -> Float[Tensor, "b t"]:
+        """Return the embedding of the time and all that joins it, activated: equation (1)."""
+        emb = self.time_embedding(self._features(time), time_cond)
         if label is not None and self.class_embedding is not None:
             if isinstance(self.class_embedding, nn.Embedding):
                 emb = emb + self.class_embedding(checked(label, self.class_embedding, "label"))
@@ -152,6 +185,9 @@ class UNet(nn.Module):
                 emb = emb + self.class_embedding(self._features(label))
             else:
                 emb = emb + label.to(emb.dtype)
+        if pooled is not None and sizes is not None and self.add_time_proj and self.add_embedding:
+            numbers = self.add_time_proj(sizes.flatten()).reshape(len(sizes), -1)
+            emb = emb + self.add_embedding(torch.cat([pooled.to(emb.dtype), numbers.to(emb.dtype)], 1))
         return self.act(emb)
 
     def _features(self, time: Tensor) -> Tensor:
@@ -178,6 +214,39 @@ class UNet(nn.Module):
             context.ndim != 3 or (len(context), context.shape[2]) != (count, config.context_dim)
         ):
             raise UsageError(f"context is {tuple(context.shape)}; it must be ({count}, L, {config.context_dim})")
+
+    def _check_added(self, count: int, pooled: Tensor | None, sizes: Tensor | None, time_cond: Tensor | None) -> None:
+        config, total = self.config, self.config.projection_class_embeddings_input_dim
+        for name, given in (("pooled", pooled), ("sizes", sizes)):
+            if (given is None) != (total is None):
+                wanted = f"needs {name} for each image" if given is None else f"takes no {name}; give none"
+                raise UsageError(f"this network {wanted}")
+        if pooled is not None and sizes is not None and total is not None:
+            each = config.addition_time_embed_dim or 0
+            fits = pooled.ndim == sizes.ndim == 2 and len(pooled) == len(sizes) == count
+            if not fits or pooled.shape[1] + each * sizes.shape[1] != total:
+                raise UsageError(
+                    f"pooled is {tuple(pooled.shape)} and sizes {tuple(sizes.shape)}; they must be ({count}, P) and "
+                    f"({count}, S) with P + {each} S = {total}"
+                )
+        if (time_cond is None) != (config.time_cond_proj_dim is None):
+            wanted = "needs time_cond for each image" if time_cond is None else "takes no time_cond; give none"
+            raise UsageError(f"this network {wanted}")
+        if time_cond is not None and time_cond.shape != (count, config.time_cond_proj_dim):
+            raise UsageError(
+                f"time_cond is {tuple(time_cond.shape)}; it must be ({count}, {config.time_cond_proj_dim})"
+            )
+
+
+def with_channels(x: Tensor, beside: Tensor) -> Tensor:
+    """Return images with further channels put after their own.
+
+    Raises:
+        UsageError: They are of another number or size.
+    """
+    if x.ndim != 4 or beside.ndim != 4 or (len(x), *x.shape[2:]) != (len(beside), *beside.shape[2:]):
+        raise UsageError(f"beside is {tuple(beside.shape)}; it must be of the number and size of x, {tuple(x.shape)}")
+    return torch.cat([x, beside.to(x.dtype)], 1)
 
 
 # What attention and Fourier features were called in older checkpoints of diffusers.

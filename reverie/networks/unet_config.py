@@ -126,6 +126,14 @@ class UNetConfig(BaseModel):
     """Rows of a learned embedding of time."""
     class_embed_type: Literal["timestep", "identity"] | None = None
     """How a label is embedded where num_class_embeds is None: as a time is, or it is an embedding already."""
+    addition_embed_type: Literal["text_time"] | None = None
+    """With "text_time" a vector and a few numbers for each image join the time, as SDXL has it."""
+    addition_time_embed_dim: Width | None = None
+    """Sinusoids of each of those numbers."""
+    projection_class_embeddings_input_dim: Width | None = None
+    """Channels of the vector and of the numbers' sinusoids together."""
+    time_cond_proj_dim: Width | None = None
+    """Channels of a vector that is projected and added to the features of the time."""
     center_input_sample: bool = False
     """Take images in [0, 1] to [-1, 1] first."""
 
@@ -135,6 +143,8 @@ class UNetConfig(BaseModel):
     """The block of each level on the way up, from the bottom; it comes with down_block_types."""
     sample_size: Annotated[int, Field(ge=1, le=65536)] | tuple[int, int] | None = None
     """The size of the images that it was trained on, for the record: the network takes any size."""
+    upcast_attention: bool = False
+    """Attention in float32, for the record: scaled_dot_product_attention sums in float32 as it is."""
 
     # Derived ----------------------------------------------------------------------------------
 
@@ -239,6 +249,9 @@ class UNetConfig(BaseModel):
             if channels < (self.head_dim or 1) or channels % exact:
                 given = f"head_dim is {self.head_dim}" if self.head_dim else f"num_heads is {self.num_heads}"
                 return f"{given}, which does not fit a level of {channels} channels that attends"
+        added, total = self.addition_time_embed_dim, self.projection_class_embeddings_input_dim
+        if added and total and (added // 2 <= self.freq_shift or added >= total):
+            return f"addition_time_embed_dim is {added}; it must be from {2 * (self.freq_shift + 1)} to {total - 1}"
         if self.time_embedding_type == "positional" and self.channels[0] // 2 <= self.freq_shift:
             least = 2 * (self.freq_shift + 1)
             return f"the first level has {self.channels[0]} channels; sinusoids of the time need at least {least}"
@@ -250,6 +263,13 @@ class UNetConfig(BaseModel):
         alone = any("Attn" in kind and "Cross" not in kind for kind in self.down_types + self.up_types)
         conv = self.downsample_type == self.upsample_type == "conv"
         learned = self.time_embedding_type == "learned"
+        added = (
+            self.addition_embed_type,
+            self.addition_time_embed_dim,
+            self.projection_class_embeddings_input_dim,
+            self.time_cond_proj_dim,
+            self.upcast_attention or None,
+        )
         for wrong, problem in (
             (not self.attended and (self.head_dim or self.num_heads), "head_dim and num_heads need attention"),
             (cross and self.context_dim is None, "blocks that attend to a context need context_dim"),
@@ -262,6 +282,15 @@ class UNetConfig(BaseModel):
             (self.context_dim and self.attn_norm_num_groups, "attn_norm_num_groups goes without context_dim"),
             (self.class_embed_type and self.num_class_embeds, "give num_class_embeds or class_embed_type, not both"),
             (self.context_dim and self.time_embedding_type != "positional", "context_dim goes with positional time"),
+            (
+                any(added) and self.context_dim is None,
+                "addition_embed_type, addition_time_embed_dim, projection_class_embeddings_input_dim, "
+                "time_cond_proj_dim and upcast_attention need context_dim",
+            ),
+            (
+                len({value is None for value in added[:3]}) > 1,
+                "addition_embed_type, addition_time_embed_dim and projection_class_embeddings_input_dim come together",
+            ),
             (learned and self.num_train_timesteps is None, "a learned time embedding needs num_train_timesteps"),
             (not learned and self.num_train_timesteps, "num_train_timesteps goes with a learned time embedding"),
             (
@@ -354,8 +383,15 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "cross_attention_dim": 1280,
         "transformer_layers_per_block": 1,
         "use_linear_projection": False,
+        "upcast_attention": False,
+        "addition_embed_type": None,
+        "addition_time_embed_dim": None,
+        "projection_class_embeddings_input_dim": None,
+        "time_cond_proj_dim": None,
     },
 }
+# Of those, what goes into our config under the same name.
+CONDITIONAL = tuple(DEFAULTS["UNet2DConditionModel"])[-6:]
 
 # Settings that are not supported, with the values at which they change nothing.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -365,21 +401,16 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "reverse_transformer_layers_per_block": (None,),
     "encoder_hid_dim": (None,),
     "encoder_hid_dim_type": (None,),
-    "addition_embed_type": (None,),
     "addition_embed_type_num_heads": (64,),
-    "addition_time_embed_dim": (None,),
     "num_attention_heads": (None,),
     "attention_type": ("default",),
     "cross_attention_norm": (None,),
-    "upcast_attention": (False, True),  # scaled_dot_product_attention accumulates in float32 as it is
     "resnet_skip_time_act": (False,),
     "resnet_out_scale_factor": (1,),
     "time_embedding_act_fn": (None,),
     "timestep_post_act": (None,),
-    "time_cond_proj_dim": (None,),
     "conv_in_kernel": (3,),
     "conv_out_kernel": (3,),
-    "projection_class_embeddings_input_dim": (None,),
     "class_embeddings_concat": (False,),
 }
 
@@ -391,7 +422,7 @@ def _read(config: Mapping[str, Any]) -> UNetConfig:
     kind = config.get("_class_name", "UNet2DModel")
     if not isinstance(kind, str) or kind not in DEFAULTS:
         raise ModelFileError(f"the network is a {kind}; a U-Net is one of {', '.join(DEFAULTS)}")
-    settings = _known_settings(kind, config)
+    settings = known_settings(kind, config, DEFAULTS[kind], NEUTRAL)
     down, up = (_types(settings, key) for key in ("down_block_types", "up_block_types"))
     ours = _unconditional(settings, down, up) if kind == "UNet2DModel" else _conditional(settings, down)
     attention = tuple("Attn" in t for t in down)
@@ -403,18 +434,29 @@ def _read(config: Mapping[str, Any]) -> UNetConfig:
     try:
         return UNetConfig(**ours)
     except ValidationError as error:
-        raise ModelFileError(f"the config of this {kind} is not supported: {_sentence(error)}") from None
+        raise ModelFileError(f"the config of this {kind} is not supported: {sentence(error, RENAMED)}") from None
 
 
-def _known_settings(kind: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return every setting of that class, having refused those that would be ignored."""
-    defaults = DEFAULTS[kind]
+def known_settings(
+    kind: str, config: Mapping[str, Any], defaults: Mapping[str, Any], neutral: Mapping[str, tuple[Any, ...]]
+) -> dict[str, Any]:
+    """Return every setting of one of diffusers' classes, having refused those that would be ignored.
+
+    Arguments:
+        kind: The class, for the message.
+        config: What its config.json says.
+        defaults: The settings that are read, with diffusers' defaults.
+        neutral: Those that are not supported, with the values at which they change nothing.
+
+    Raises:
+        ModelFileError: There is an unknown setting, or one that is not supported.
+    """
     for name, value in config.items():
         if name in defaults or name in RECORDS or name.startswith("_"):
             continue
-        if name not in NEUTRAL:
+        if name not in neutral:
             raise ModelFileError(f"the config of this {kind} has an unknown setting {name!r}{nearest(name, defaults)}")
-        if value not in NEUTRAL[name]:
+        if value not in neutral[name]:
             raise ModelFileError(f"the config of this {kind} has {name} = {value!r}, which is not supported")
     return {name: config.get(name, default) for name, default in defaults.items()}
 
@@ -473,7 +515,8 @@ def _conditional(settings: Mapping[str, Any], down: Sequence[str]) -> dict[str, 
     for name in ("cross_attention_dim", "layers_per_block"):
         ours[RENAMED[name]] = _single(settings, name)
     ours["transformer_layers"] = settings["transformer_layers_per_block"]
-    ours["use_linear_projection"] = settings["use_linear_projection"]
+    ours |= {name: settings[name] for name in CONDITIONAL}
+    ours["upcast_attention"] = settings["upcast_attention"] or False  # SDXL's is null
     ours["downsample_type"] = ours["upsample_type"] = "conv"
     # What that class calls attention_head_dim is the number of heads.
     heads = settings["attention_head_dim"]
@@ -507,9 +550,9 @@ def _single(settings: Mapping[str, Any], name: str) -> Any:
     return value[0]
 
 
-def _sentence(error: ValidationError) -> str:
+def sentence(error: ValidationError, renamed: Mapping[str, str]) -> str:
     """Return every problem of a config in one line, each under diffusers' name for the setting."""
-    theirs = {ours: name for name, ours in RENAMED.items()}
+    theirs = {ours: name for name, ours in renamed.items()}
     problems = []
     for problem in error.errors():
         place = ".".join(theirs.get(str(part), str(part)) for part in problem["loc"])

@@ -225,7 +225,7 @@ def test_a_setting_that_would_be_ignored_is_refused(extra, message):
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        ({"addition_embed_type": "text_time"}, "addition_embed_type = 'text_time'"),
+        ({"addition_embed_type": "text_image"}, "addition_embed_type: Input should be .text_time."),
         ({"only_cross_attention": True}, "only_cross_attention"),
         ({"mid_block_type": "UNetMidBlock2DSimpleCrossAttn"}, "must be UNetMidBlock2DCrossAttn or null"),
         ({"attention_head_dim": [8, 8, 8, 16]}, "heads of different widths"),
