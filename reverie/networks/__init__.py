@@ -11,6 +11,8 @@ asks for. What that tensor means (noise, data, velocity, a variance beside it) i
 | `unet_config.py` | `UNetConfig`, and its translation from and to diffusers' config.json |
 | `unet_blocks.py`, `skip_blocks.py` | the blocks of one level, down and up; those of NCSN++ |
 | `unet.py` | `UNet` |
+| `edm2_layers.py` | layers that keep magnitudes: the operators of EDM2 |
+| `edm2.py` | `EDM2` |
 | `mlp.py` | `MLP`, for points |
 
 Each network class names its config class as `Config`, so that `networks[name](networks[name].Config(...))`
@@ -24,7 +26,17 @@ from typing import Any
 
 from reverie.base.registry import Registry
 
-networks = Registry("network", {"unet": "reverie.networks.unet:UNet", "mlp": "reverie.networks.mlp:MLP"})
+networks = Registry(
+    "network",
+    {
+        "unet": "reverie.networks.unet:UNet",
+        "captioned": "reverie.networks.captioned:Captioned",
+        "autoencoder": "reverie.networks.autoencoder:Autoencoder",
+        "tiny-autoencoder": "reverie.networks.tiny_autoencoder:TinyAutoencoder",
+        "edm2": "reverie.networks.edm2:EDM2",
+        "mlp": "reverie.networks.mlp:MLP",
+    },
+)
 
 
 class Room(ModuleType):
