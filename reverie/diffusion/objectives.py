@@ -45,7 +45,17 @@ def distance(kind: Distance, difference: Data, width: float) -> Data:
 
 
 class Objective(ABC):
-    """A loss for each sample, given the noise and the times."""
+    """A loss for each sample, given the noise and the times.
+
+    `draws` says whether it draws from torch's own generators, which the trainer then seeds for each step, and
+    `denoises` whether what it trains is a denoiser, whose data estimate is the posterior mean.
+    """
+
+    draws: bool = False
+    denoises: bool = True
+
+    def begin(self, step: int) -> None:  # noqa: B027 - most know no steps
+        """Take note of the step (from 0) that comes next: what a curriculum or a warm-up goes by."""
 
     @abstractmethod
     def __call__(

@@ -218,3 +218,45 @@ class EDMOutput(Prediction):
     def clock(self, schedule: Schedule, t: PerSample) -> Tensor:
         """Return c_noise = ln(sigma / alpha) / 4."""
         return -schedule.log_snr(t) / 8
+
+
+class ConsistencyOutput(EDMOutput):
+    r"""EDM's F with the boundary at the least noise instead of at none: with s = sigma / alpha and its least s_1,
+
+        f = c_skip x / alpha + c_out F,  c_skip = d^2 / ((s - s_1)^2 + d^2),  c_out = d (s - s_1) / sqrt(s^2 + d^2),
+
+    so that f = x / alpha at s_1 for any network. Input and clock are EDM's, and with s_1 = 0 all of it is.
+
+    Arguments:
+        sigma_data: The data's standard deviation d.
+        sigma_min: s_1.
+
+    Raises:
+        UsageError: sigma_data is not positive, or sigma_min below 0.
+
+    References:
+        Consistency Models (Song et al., 2023), appendix C
+        https://arxiv.org/abs/2303.01469
+    """
+
+    name = "consistency"
+
+    def __init__(self, sigma_data: float = 0.5, sigma_min: float = 0.002) -> None:
+        super().__init__(sigma_data)
+        if not sigma_min >= 0:
+            raise UsageError(f"sigma_min is {sigma_min}; it must be at least 0")
+        self.sigma_min = sigma_min
+
+    def scales(self, alpha: PerSample, sigma: PerSample) -> tuple[Tensor, Tensor]:
+        """Return c_skip and c_out."""
+        ratio, d = sigma / alpha, self.sigma_data
+        above = ratio - self.sigma_min
+        return d**2 / (above.square() + d**2), d * above / (ratio.square() + d**2).sqrt()
+
+    def blend(self, alpha: PerSample, sigma: PerSample) -> tuple[Tensor, Tensor]:
+        skip, out = self.scales(alpha, sigma)
+        return (1 - skip) / out, -skip * sigma / (alpha * out)
+
+    def decoding(self, alpha: PerSample, sigma: PerSample) -> Decoding:
+        skip, out = self.scales(alpha, sigma)
+        return Decoding(skip / alpha, out, (1 - skip) / sigma, -alpha * out / sigma)

@@ -70,6 +70,8 @@ samplers = Registry(
         "langevin": f"{_HERE}.samplers.langevin:AnnealedLangevin",
         "euler-maruyama": f"{_HERE}.samplers.langevin:EulerMaruyama",
         "predictor-corrector": f"{_HERE}.samplers.langevin:PredictorCorrector",
+        "consistency": f"{_HERE}.samplers.consistency:Consistency",
+        "mean-flow": f"{_HERE}.samplers.consistency:MeanFlow",
     },
 )
 
