@@ -89,6 +89,8 @@ class Job:
             len(seeds),
             seed=list(seeds),
             classes=self.classes_of(seeds),
+            prompt=ask.prompt,
+            negative_prompt=ask.negative_prompt,
             sampler=ask.sampler,
             steps=ask.steps,
             grid=list(ask.times) if ask.times else ask.grid,
@@ -115,6 +117,8 @@ class Job:
             known = self.model.card.classes
             shown = ", ".join(known[:10]) + (f" and {len(known) - 10} more" if len(known) > 10 else "")
             yield f"drawn without a class; --class takes {shown}, or all"
+        for text in (self.settings.prompt, self.settings.negative_prompt):
+            yield from self.model.conditioner.remarks(text) if text and self.model.conditioner else ()
         if (needed := memory_needed(self.planned(self.seeds[: self.plan.batch_size], self.frames))) > LARGE:
             yield f"a batch of {self.plan.batch_size} takes {size(needed)} of memory at the least, beside the network"
 
@@ -157,6 +161,7 @@ class Job:
             "files": [str(path) for path in self.files],
             "seeds": list(self.seeds),
             "classes": self.model.class_names(labels),
+            "prompt": self.settings.prompt,
             "settings": self.plan.settings(),
             "evaluations": self.plan.evaluations,
         }
@@ -245,6 +250,7 @@ def repeat(settings: "SampleSettings", path: str | None) -> dict[str, Any]:
         "files": [str(file) for file in files],
         "seeds": samples.seeds.tolist(),
         "classes": samples.record["classes"],
+        "prompt": (samples.record["prompts"] or [None])[0],
         "settings": {name: samples.record[name] for name in RECORDED},
         "again": str(original),
         "difference": off,

@@ -37,6 +37,8 @@ class SampleSettings(BaseModel):
     class_: tuple[str, ...] = setting("what", (), "classes by name or number, with commas or repeated; or all")
     seed: int | None = setting("what", None, "the first one's, each next being one more; -1 or nothing: a random one",
                               ge=-1, le=MOST_SEED)  # fmt: skip
+    prompt: str | None = setting("what", None, "what to draw, in words", max_length=1 << 20)
+    negative_prompt: str | None = setting("what", None, "what guidance leads away from", max_length=1 << 20)
     again: str | None = setting("what", None, "a PNG of reverie's: make that picture again")
 
     sampler: Annotated[str | None, AfterValidator(named(samplers, "auto"))] = setting(
@@ -50,7 +52,9 @@ class SampleSettings(BaseModel):
     eta: float | None = setting("how", None, "ddim's share of noise", ge=0, le=1, allow_inf_nan=False)
     variance: Literal["small", "large", "learned"] | None = setting("how", None, "ddpm's variance")
     set_: tuple[str, ...] = setting("how", (), "any other option of the sampler or the grid, as order=2")
-    guidance: float | None = setting("how", None, "weight of the class: 1 is no guidance", allow_inf_nan=False)
+    guidance: float | None = setting(
+        "how", None, "weight of the class or prompt: 1 is no guidance", allow_inf_nan=False
+    )
     clip: bool | None = setting("how", None, "keep the estimate of the image within its range")
     threshold: float | None = setting("how", None, "dynamic thresholding at this quantile", gt=0, le=1)
 
@@ -86,6 +90,8 @@ ALIASES = {
     "sampler": ("--sampling-method",),
     "steps": ("--num-inference-steps",),
     "grid": ("--spacing", "--scheduler", "--timestep-spacing"),
+    "prompt": ("-p",),
+    "negative_prompt": ("--negative",),
     "guidance": ("--cfg-scale", "--guidance-scale"),
     "out": ("-o", "--output", "--output-dir"),
     "animate": ("--animation",),
@@ -109,6 +115,7 @@ def command(model: str | None, json: bool, **flags: Any) -> None:
     \b
     reverie sample runs/digits -n 64 --class 7 --out sevens/
     reverie sample runs/digits -n 4 --class all --guidance 2 --seed 0
+    reverie sample runs/shapes -n 4 --prompt "two small red stars at the top left"
     reverie sample --again sevens/00003-seed12.png
     """
     settings = settle(SampleSettings, flags)

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from hashlib import sha256
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -212,21 +213,36 @@ def place_of(shapes: Sequence[Shape]) -> str:
     return f"{'top' if y < 0.5 else 'bottom'} {'left' if x < 0.5 else 'right'}"
 
 
+Split = Literal["all", "train", "held-out"]
+HELD = 10  # one in so many kinds of group is held out, where that is asked for
+
+
+def held(group: Group) -> bool:
+    """Return whether a group's words are among those that split "train" never shows.
+
+    Example:
+        >>> held(Group(1, "large", "red", "star", "centre"))
+        False
+    """
+    return int.from_bytes(sha256(str(group).encode()).digest()[:4]) % HELD == 0
+
+
 @lru_cache(maxsize=20_000)
-def make_scene(seed: int, index: int, most_groups: int = 2) -> Scene:
+def make_scene(seed: int, index: int, most_groups: int = 2, split: Split = "all") -> Scene:
     """Return a scene, fixed by (seed, index): first its words, each as likely as any other, then the centres.
 
     Arguments:
         seed: Of the data set.
         index: Of the scene.
         most_groups: 1 or 2.
+        split: "train" draws no group that is `held`, "held-out" no other.
 
     Example:
         >>> make_scene(0, 3) == make_scene(0, 3), len(make_scene(0, 3, most_groups=1).groups)
         (True, 1)
     """
     random = generator(seed, "shapes", index)
-    groups = _draw_groups(random, int(random.integers(1, most_groups + 1)))
+    groups = _draw_groups(random, int(random.integers(1, most_groups + 1)), split)
     radii = [float(random.uniform(*SIZES[group.size])) for group in groups]
     while True:
         shapes: list[Shape] = []
@@ -236,8 +252,8 @@ def make_scene(seed: int, index: int, most_groups: int = 2) -> Scene:
             return Scene(tuple(shapes))
 
 
-def _draw_groups(random: np.random.Generator, count: int) -> list[Group]:
-    """Draw groups at different places, with different looks."""
+def _draw_groups(random: np.random.Generator, count: int, split: Split) -> list[Group]:
+    """Draw groups at different places, with different looks, of a split."""
     places = [place for place in PLACES if count == 1 or place != "centre"]
     while True:
         groups = []
@@ -245,7 +261,8 @@ def _draw_groups(random: np.random.Generator, count: int) -> list[Group]:
             size, colour, kind = (list(names)[random.integers(len(names))] for names in (SIZES, COLOURS, KINDS))
             number = int(random.integers(1, 4)) if size == "small" else 1
             groups.append(Group(number, size, colour, kind, places[place]))
-        if len({(group.size, group.colour, group.kind) for group in groups}) == count:
+        different = len({(group.size, group.colour, group.kind) for group in groups}) == count
+        if different and (split == "all" or all(held(group) == (split == "held-out") for group in groups)):
             return groups
 
 
@@ -292,16 +309,17 @@ class Shapes(Dataset):
         seed: Which ones.
         most_groups: How many groups a scene has at most: with 1 the label says all of its kinds.
         options: The size (32 by default), the channels (3).
+        split: Which words its groups may have: "all", or "train" and "held-out", which have none in common.
     """
 
-    def __init__(self, count: int, seed: int, most_groups: int, options: Options) -> None:
+    def __init__(self, count: int, seed: int, most_groups: int, options: Options, split: Split = "all") -> None:
         height, width = options.sides or (DEFAULT_SIZE, DEFAULT_SIZE)
         if min(height, width) < SMALLEST:
             raise UsageError(
                 f"shapes: size {width}x{height}; each side must be at least {SMALLEST} for kinds to differ"
             )
         self.name = "shapes"
-        self.seed, self.most_groups = seed, most_groups
+        self.seed, self.most_groups, self.split = seed, most_groups, split
         self.chosen = options.subset(count)
         self.form = Form(options.channels or 3, height, width)
         self.shape = (self.form.channels, self.form.height, self.form.width)
@@ -315,7 +333,7 @@ class Shapes(Dataset):
 
     def truth(self, index: int) -> Scene:
         """Return what a picture shows, exactly."""
-        return make_scene(self.seed, self.chosen[index], self.most_groups)
+        return make_scene(self.seed, self.chosen[index], self.most_groups, self.split)
 
     def images(self, indices: Sequence[int]) -> UInt8[Tensor, "b c h w"]:
         """Return the pictures (B, C, H, W) of some scenes."""
@@ -336,7 +354,9 @@ class Shapes(Dataset):
     @cached_property
     def fingerprint(self) -> str:
         """The sha256 of what the scenes are made from, in hexadecimal: they are a function of it."""
-        return sha256(repr((_VERSION, self.seed, self.most_groups, list(self.chosen), self.form)).encode()).hexdigest()
+        made_of: tuple[object, ...] = (_VERSION, self.seed, self.most_groups, list(self.chosen), self.form)
+        made_of += (self.split,) if self.split != "all" else ()
+        return sha256(repr(made_of).encode()).hexdigest()
 
     def _image(self, index: int) -> UInt8[np.ndarray, "c h w"]:
         if self._kept is not None and index in self._kept:
@@ -349,7 +369,7 @@ class Shapes(Dataset):
 
 
 def open_shapes(argument: str, options: Options) -> Shapes:
-    """Return shapes: "", or a size and options: "64", "32,count=1000,seed=7,groups=1".
+    """Return shapes: "", or a size and options: "64", "32,count=1000,seed=7,groups=1,split=train".
 
     Raises:
         UsageError: An option is unknown or out of its range, or the size is given twice.
@@ -360,15 +380,18 @@ def open_shapes(argument: str, options: Options) -> Shapes:
     """
     values = {"count": DEFAULT_COUNT, "seed": 0, "groups": 2}
     size = options.size
+    split: Split = "all"
     for position, part in enumerate(filter(None, argument.split(","))):
         key, equals, value = part.partition("=")
         if not equals and position == 0:
             if options.size is not None:
                 raise UsageError(f"shapes:{argument}: the size is given twice, {key} and {options.size}; give it once")
             size = _whole_number(argument, "size", key, SMALLEST)
+        elif key == "split":
+            split = _one_of(argument, value, get_args(Split))
         elif key not in values or not equals:
             raise UsageError(
-                f"shapes:{argument}: unknown option {key!r}{nearest(key, values)} (known: {', '.join(values)}; "
+                f"shapes:{argument}: unknown option {key!r}{nearest(key, values)} (known: {', '.join(values)}, split; "
                 "as in shapes:64,count=1000,seed=1)"
             )
         else:
@@ -376,7 +399,13 @@ def open_shapes(argument: str, options: Options) -> Shapes:
     if values["groups"] > 2:
         raise UsageError(f"shapes:{argument}: groups is {values['groups']}; it must be 1 or 2")
     options = Options(size, options.channels, options.on_bad, options.max_bad, options.limit, options.cache)
-    return Shapes(values["count"], values["seed"], values["groups"], options)
+    return Shapes(values["count"], values["seed"], values["groups"], options, split)
+
+
+def _one_of(argument: str, value: str, known: Sequence[Any]) -> Any:
+    if value not in known:
+        raise UsageError(f"shapes:{argument}: split is {value!r}; it must be one of {', '.join(known)}")
+    return value
 
 
 def _whole_number(argument: str, key: str, value: str, least: int) -> int:

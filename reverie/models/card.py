@@ -95,6 +95,19 @@ class FittedSolver(Part):
         return len(self.lam)
 
 
+class WordsSpec(Part):
+    """The vocabulary of a network that was trained along with the encoder of its words.
+
+    Arguments:
+        entries: The words, and the characters that others are spelt with; `reverie.data.words` says how.
+        length: How many numbers a prompt has.
+    """
+
+    kind: Literal["words"] = "words"
+    entries: Annotated[tuple[Name, ...], Field(max_length=100_000)]
+    length: int = Field(ge=1, le=4096)
+
+
 class SamplingDefaults(Part):
     """How a model is sampled where nobody says otherwise.
 
@@ -133,6 +146,7 @@ class Card(Part):
         learned_variance: Whether the output's second half is the variance's fraction.
         classes: The classes' names.
         unconditional: Whether the network has one label more, the last, for none of the classes.
+        text: How prompts are read, where it takes prompts.
         data: What it was trained on.
         training: How.
         sampling: Defaults for sampling.
@@ -154,6 +168,7 @@ class Card(Part):
     learned_variance: bool = False
     classes: Annotated[tuple[Name, ...], Field(max_length=100_000)] = ()
     unconditional: bool = True
+    text: WordsSpec | None = None
     data: DataRecord | None = None
     training: TrainingRecord | None = None
     sampling: SamplingDefaults = SamplingDefaults()
@@ -171,6 +186,11 @@ class Card(Part):
     def null_label(self) -> int:
         """The label that stands for no class, where there is one."""
         return len(self.classes)
+
+    @property
+    def guidable(self) -> bool:
+        """Whether there is something to guide to, and something that stands for nothing."""
+        return self.text is not None or bool(self.classes and self.unconditional)
 
     @property
     def labels(self) -> int | None:

@@ -15,6 +15,7 @@ from reverie.base.errors import NonFiniteError, UsageError
 from reverie.diffusion.denoisers import NetworkDenoiser
 from reverie.diffusion.samplers.base import Sampler
 from reverie.models.card import Card
+from reverie.models.conditioning import Conditioner, build_conditioner
 from reverie.models.plan import SamplingPlan, make_plan
 from reverie.models.sampling import Intermediate, Progress, execute
 
@@ -31,6 +32,7 @@ class Model:
         source: The path that it came from, as it was given; None for one that was made here.
         origin: What of that path it is: {"checkpoint": "step-00000500", "weights": "ema-0.999"}.
         warnings: What went otherwise than hoped for when it was read, in sentences.
+        conditioner: What reads prompts; of a network with an encoder of its own, that one.
 
     Example:
         >>> from reverie.models.builders import build
@@ -47,7 +49,9 @@ class Model:
         source: str | None = None,
         origin: Mapping[str, str] | None = None,
         warnings: Sequence[str] = (),
+        conditioner: Conditioner | None = None,
     ) -> None:
+        self.conditioner = conditioner or build_conditioner(card, denoiser.network)
         self.denoiser, self.card, self.source = denoiser, card, source
         self.origin, self.warnings = dict(origin or {}), tuple(warnings)
         self._digest: tuple[tuple[object, ...], str] | None = None
@@ -94,6 +98,8 @@ class Model:
         *,
         seed: int | Sequence[int] = 0,
         classes: int | str | Sequence[int | str] | None = None,
+        prompt: str | Sequence[str] | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
         sampler: str | Sampler | None = None,
         steps: int | None = None,
         grid: str | Sequence[float] | Tensor | None = None,
@@ -113,6 +119,8 @@ class Model:
             n: How many.
             seed: The first one's seed, each further one's being one more; or the seed of each.
             classes: The class of all, or of each, by name or index; None draws without a class.
+            prompt: What all are to show, or each, in words; None draws without.
+            negative_prompt: What guidance leads away from, instead of from nothing.
             sampler: A name in `samplers`, or a sampler.
             steps: How often the sampler steps: exactly so many.
             grid: A name in `grids`, or times in (0, 1], or a table's timesteps, decreasing.
@@ -133,15 +141,15 @@ class Model:
             OutOfMemoryError: There is not enough memory.
         """
         plan = self.plan(
-            n, seed=seed, classes=classes, sampler=sampler, steps=steps, grid=grid, guidance=guidance, clip=clip,
-            threshold=threshold, batch_size=batch_size, exact=exact, dtype=dtype, intermediates=intermediates,
-            **options,
+            n, seed=seed, classes=classes, prompt=prompt, negative_prompt=negative_prompt, sampler=sampler, steps=steps,
+            grid=grid, guidance=guidance, clip=clip, threshold=threshold, batch_size=batch_size, exact=exact,
+            dtype=dtype, intermediates=intermediates, **options,
         )  # fmt: skip
         return self.execute(plan, callback)
 
     def execute(self, plan: SamplingPlan, callback: Callable[[Progress], None] | None = None) -> "Samples":
         """Carry out a plan that `plan` made."""
-        x, passed = execute(self.denoiser, plan, callback)
+        x, passed = execute(self.denoiser, plan, callback, self.conditioner)
         labels = None if plan.labels is None else torch.tensor(plan.labels)
         images = x.clamp(-1, 1) if self.card.kind == "image" else x
         return Samples(images, torch.tensor(plan.seeds), labels, self.record(plan), passed)
@@ -156,6 +164,8 @@ class Model:
             "n": plan.n,
             "seeds": list(plan.seeds),
             "classes": self.class_names(plan.labels),
+            "prompts": None if plan.prompts is None else list(plan.prompts),
+            "negatives": None if plan.negatives is None else list(plan.negatives),
             **plan.settings(),
             "device": self.device.type,
             "threads": torch.get_num_threads(),
@@ -223,8 +233,9 @@ class Samples:
 
     def record_of(self, i: int) -> dict[str, Any]:
         """Return all that it takes to make sample i again, alone."""
-        names = self.record["classes"]
-        return self.record | {"n": 1, "seeds": [int(self.seeds[i])], "classes": [names[i]] if names else None}
+        each = ("classes", "prompts", "negatives")
+        own = {name: [found[i]] if (found := self.record[name]) else None for name in each}
+        return self.record | own | {"n": 1, "seeds": [int(self.seeds[i])]}
 
     def pil(self) -> list[Image.Image]:
         """Return the samples as Pillow's images."""

@@ -29,10 +29,13 @@ MAX_ROWS = 32
 
 BATCH_NUMBERS = 1 << 20  # numbers of a batch where no batch size is asked for
 MAX_SAMPLES = 10_000_000
+MAX_PROMPT = 1 << 20  # characters
 DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SETTINGS = (
     "seed",
     "classes",
+    "prompt",
+    "negative_prompt",
     "sampler",
     "steps",
     "grid",
@@ -74,7 +77,7 @@ class SamplingPlan:
         grid_name: The grid's name; "times" for one that was given as such, "own" for a fitted solver's.
         grid_options: The grid's options.
         grid: Its times (N + 1,), the last one 0.
-        guidance: w of classifier-free guidance; None where no class is asked for.
+        guidance: w of classifier-free guidance; None where no class and no prompt is asked for.
         clip: The limit of x_0; None for none.
         threshold: The quantile of dynamic thresholding; None for none.
         dtype: The network's dtype; None for float32.
@@ -82,6 +85,8 @@ class SamplingPlan:
         batch_size: Samples that go through the steps together.
         calls: How often the sampler asks the denoiser.
         kept: The steps after which the state is kept.
+        prompts: The prompt of each sample; None for a model that takes none.
+        negatives: What each is guided away from; None for a model that takes no prompts.
     """
 
     shape: tuple[int, ...]
@@ -101,6 +106,8 @@ class SamplingPlan:
     batch_size: int
     calls: int
     kept: tuple[int, ...] = ()
+    prompts: tuple[str, ...] | None = None
+    negatives: tuple[str, ...] | None = None
 
     @property
     def n(self) -> int:
@@ -114,7 +121,7 @@ class SamplingPlan:
 
     @property
     def guided(self) -> bool:
-        """Whether each evaluation asks the network twice: with the class and without."""
+        """Whether each evaluation asks the network twice: with the class or prompt and without."""
         return self.guidance is not None and self.guidance not in (0.0, 1.0)
 
     @property
@@ -181,6 +188,8 @@ def make_plan(
     *,
     seed: int | Sequence[int] = 0,
     classes: int | str | Sequence[int | str] | None = None,
+    prompt: str | Sequence[str] | None = None,
+    negative_prompt: str | Sequence[str] | None = None,
     sampler: str | Sampler | None = None,
     steps: int | None = None,
     grid: str | Sequence[float] | Tensor | None = None,
@@ -205,7 +214,8 @@ def make_plan(
     sampler = defaults.sampler if sampler is None else sampler
     if isinstance(sampler, Learned):
         grid = own_grid(sampler, denoiser.schedule, grid)
-    w = settle_guidance(card, classes is not None, guidance)
+    w = settle_guidance(card, classes is not None or prompt is not None, guidance)
+    prompts, negatives = settle_prompts(card, len(seeds), prompt, negative_prompt, w)
     if sampler == AUTO:
         sampler, grid = settle_automatic(denoiser, card, grid, steps, w)
     grid = defaults.grid if grid is None else grid
@@ -232,6 +242,8 @@ def make_plan(
         batch_size=settle_batch_size(card, len(seeds), batch_size),
         calls=rule.count(denoiser.schedule, times),
         kept=settle_kept(intermediates, len(times) - 1),
+        prompts=prompts,
+        negatives=negatives,
     )
 
 
@@ -284,6 +296,34 @@ def settle_labels(card: Card, n: int, classes: int | str | Sequence[int | str] |
     return (find_class(card, classes),) * n
 
 
+def settle_prompts(
+    card: Card, n: int, prompt: str | Sequence[str] | None, negative: str | Sequence[str] | None, guidance: float | None
+) -> tuple[tuple[str, ...] | None, tuple[str, ...] | None]:
+    """Return the prompt of each sample, and what each is guided away from; None for a model that takes none."""
+    if card.text is None:
+        for name, value in (("prompt", prompt), ("negative_prompt", negative)):
+            if value is not None:
+                hint = "; it has classes: ask for one of them" if card.classes else ""
+                raise UsageError(f"{name} {str(value)[:60]!r} was given, but this model takes no prompts{hint}")
+        return None, None
+    if negative is not None and guidance in (None, 0.0, 1.0):
+        raise UsageError(f"negative_prompt has no effect at guidance {guidance}; give a prompt and another guidance")
+    return settle_texts("prompt", n, prompt), settle_texts("negative_prompt", n, negative)
+
+
+def settle_texts(name: str, n: int, given: str | Sequence[str] | None) -> tuple[str, ...]:
+    """Return one text for each sample, the empty one where none is given."""
+    texts = (given or "",) * n if given is None or isinstance(given, str) else tuple(given)
+    if len(texts) != n:
+        raise UsageError(f"there are {len(texts)} texts in {name} for {n} samples; give one for each, or a single one")
+    for text in texts:
+        if not isinstance(text, str) or len(text) > MAX_PROMPT or "\0" in text:
+            raise UsageError(
+                f"{name} is {str(text)[:40]!r}; it must be text without NUL, {MAX_PROMPT} characters at most"
+            )
+    return texts
+
+
 def find_class(card: Card, value: int | str) -> int:
     """Return the label of a class given by its name or its index.
 
@@ -308,13 +348,14 @@ def names(card: Card, shown: int = 20) -> str:
 def settle_guidance(card: Card, asked: bool, guidance: float | None) -> float | None:
     """Return w, or None where there is no class to guide to."""
     if guidance is None:
-        return (card.sampling.guidance if card.unconditional else 1.0) if asked else None
+        return (card.sampling.guidance if card.guidable else 1.0) if asked else None
     w = finite("guidance", guidance)
-    if not card.classes:
+    if not card.classes and card.text is None:
         raise UsageError(f"guidance is {w}, but this model has no classes to guide to; leave it out")
     if not asked:
-        raise UsageError(f"guidance is {w}, but no class is asked for; name one, or leave guidance out")
-    if w != 1 and not card.unconditional:
+        wanted = "no prompt is given; give one" if card.text else "no class is asked for; name one"
+        raise UsageError(f"guidance is {w}, but {wanted}, or leave guidance out")
+    if w != 1 and not card.guidable:
         raise UsageError(f"guidance is {w}, but this model has no label for no class; only 1 is possible")
     return w
 

@@ -30,6 +30,7 @@ from reverie.models.card import FittedSolver, Name, Number, Part, sentence
 from reverie.models.formats.run_folder import CHECKPOINTS
 from reverie.models.load import load
 from reverie.models.model import RECORD_FORMAT, Model, Samples
+from reverie.models.plan import MAX_PROMPT
 from reverie.models.sampling import Progress
 
 OWN, COMMON = "reverie", "parameters"
@@ -46,6 +47,9 @@ PAIR = re.compile(r'\s*([\w +/-]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
 
 
 # The record -----------------------------------------------------------------------------------------
+
+
+Prompt = Annotated[str, Field(max_length=MAX_PROMPT)]
 
 
 class ModelRecord(Part):
@@ -73,6 +77,8 @@ class Record(Part):
     n: Annotated[int, Field(ge=1)]
     seeds: tuple[Annotated[int, Field(ge=0, le=MAX_SEED)], ...]
     classes: tuple[Name | None, ...] | None
+    prompts: tuple[Prompt, ...] | None = None
+    negatives: tuple[Prompt, ...] | None = None
     sampler: Name
     options: dict[Name, Number | Name]
     recipe: FittedSolver | None = None
@@ -97,7 +103,8 @@ def parameters_text(record: dict[str, Any], size: tuple[int, int]) -> str:
         record: The record of one sample.
         size: Its width and height.
     """
-    names, source = record["classes"], record["model"]["source"]
+    said, source = record["prompts"] or record["classes"], record["model"]["source"]
+    away = one_line((record["negatives"] or [""])[0])
     grid = record["grid"] if isinstance(record["grid"], str) else "times"
     pairs = {
         "Steps": record["steps"],
@@ -111,8 +118,13 @@ def parameters_text(record: dict[str, Any], size: tuple[int, int]) -> str:
         "Version": f"reverie {record['reverie']}",
     }
     line = ", ".join(f"{name}: {quoted(str(value))}" for name, value in pairs.items())
-    prompt = " ".join((names[0] or "").split()) if names else ""
-    return f"{prompt}\n{line}".strip()
+    prompt = one_line(said[0]) if said else ""
+    return "\n".join(part for part in (prompt, away and f"Negative prompt: {away}", line) if part)
+
+
+def one_line(text: str | None) -> str:
+    """Return a text in one line."""
+    return " ".join((text or "").split())
 
 
 def quoted(value: str) -> str:
@@ -286,6 +298,7 @@ def request(record: Record) -> dict[str, Any]:
         **how,
         "seed": record.seeds[0],
         "classes": record.classes[0] if record.classes else None,
+        **prompts(record),
         "steps": record.steps,
         "guidance": record.guidance,
         "clip": record.clip,
@@ -295,6 +308,14 @@ def request(record: Record) -> dict[str, Any]:
         "batch_size": record.batch_size,
         **record.options,
     }
+
+
+def prompts(record: Record) -> dict[str, str]:
+    """Return the prompt of a record and what it was guided away from, where there is any."""
+    if not record.prompts or record.guidance is None:
+        return {}
+    away = record.negatives[0] if record.negatives else ""
+    return {"prompt": record.prompts[0]} | ({"negative_prompt": away} if away else {})
 
 
 def recorded_device(record: Record) -> str:

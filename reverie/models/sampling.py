@@ -16,13 +16,13 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from reverie.base.randomness import Noise
 from reverie.diffusion.denoisers import Clipped, Denoiser, FixedBatch, NetworkDenoiser, Thresholded
-from reverie.diffusion.guidance.classifier_free import ClassifierFree, Conditioned
 from reverie.diffusion.samplers.base import State, run, start
+from reverie.models.conditioning import Conditioner, guided, told
 from reverie.models.memory import check_memory, memory_errors
 from reverie.models.plan import SamplingPlan
 
@@ -63,7 +63,10 @@ class Intermediate:
 
 
 def execute(
-    denoiser: NetworkDenoiser, plan: SamplingPlan, callback: Callable[[Progress], None] | None = None
+    denoiser: NetworkDenoiser,
+    plan: SamplingPlan,
+    callback: Callable[[Progress], None] | None = None,
+    conditioner: Conditioner | None = None,
 ) -> tuple[Float[Tensor, "n ..."], tuple[Intermediate, ...]]:
     """Carry out a plan.
 
@@ -71,6 +74,7 @@ def execute(
         denoiser: The model's.
         plan: What to do.
         callback: Called after every step; what it raises ends the sampling.
+        conditioner: What reads prompts, where the model takes any.
 
     Returns:
         The samples (n, *D), float32 on the CPU, and the intermediates that the plan keeps.
@@ -88,7 +92,8 @@ def execute(
             first = batch * plan.batch_size
             rows = range(first, min(first + plan.batch_size, plan.n))
             watch = watcher(plan, batch, callback)
-            x, passed = draw(prepared(denoiser, plan, rows, device), plan, [plan.seeds[i] for i in rows], device, watch)
+            ready = prepared(denoiser, plan, rows, device, conditioner)
+            x, passed = draw(ready, plan, [plan.seeds[i] for i in rows], device, watch)
             results.append(x)
             kept.append(passed)
         return torch.cat(results), tuple(joined(parts) for parts in zip(*kept, strict=True))
@@ -122,28 +127,24 @@ def evaluating(network: nn.Module) -> Iterator[None]:
         network.train(training)
 
 
-def prepared(denoiser: NetworkDenoiser, plan: SamplingPlan, rows: Iterable[int], device: torch.device) -> Denoiser:
+def prepared(
+    denoiser: NetworkDenoiser,
+    plan: SamplingPlan,
+    rows: Iterable[int],
+    device: torch.device,
+    conditioner: Conditioner | None = None,
+) -> Denoiser:
     """Return the denoiser of some of a plan's samples: the network in buckets, guided, then clipped."""
     core: Denoiser = NetworkDenoiser(
         denoiser.network, denoiser.schedule, denoiser.prediction, denoiser.learned_variance, plan.dtype
     )
     if plan.bucket is not None:
         core = FixedBatch(core, plan.bucket)
-    if plan.labels is not None:
-        core = conditioned(core, plan, torch.tensor([plan.labels[i] for i in rows], device=device))
+    if (said := told(plan, rows, conditioner, device)) is not None:
+        core = guided(core, said, plan.guidance)
     if plan.threshold is not None and plan.clip is not None:
         return Thresholded(core, plan.threshold, plan.clip)
     return core if plan.clip is None else Clipped(core, plan.clip)
-
-
-def conditioned(denoiser: Denoiser, plan: SamplingPlan, labels: Int64[Tensor, " b"]) -> Denoiser:
-    """Return the denoiser with its labels (B,) bound to it, guided where that is asked for."""
-    if plan.null_label is None or plan.guidance is None or plan.guidance == 1:
-        return Conditioned(denoiser, {"label": labels})
-    nothing = {"label": torch.full_like(labels, plan.null_label)}
-    if plan.guidance == 0:
-        return Conditioned(denoiser, nothing)
-    return ClassifierFree(denoiser, {"label": labels}, nothing, plan.guidance)
 
 
 def draw(

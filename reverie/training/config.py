@@ -36,6 +36,9 @@ class TrainConfig(BaseModel):
     size: int | None = option("data", None, "height and width in pixels; from the data", ge=1, le=4096)
     channels: int | None = option("data", None, "1 grey, 3 RGB, 4 RGBA; from the data", ge=1, le=4)
     labels: bool = option("data", True, "condition on the data's classes, where it has any")
+    captions: bool = option(
+        "data", False, "condition on the data's captions; an encoder of their words is trained along"
+    )
     flip: bool = option("data", False, "mirror half of the images, left to right")
     on_bad: Literal["refuse", "skip"] = option(
         "data", "refuse", "files that can't be read beyond --max-bad: end, or go on"
@@ -70,7 +73,7 @@ class TrainConfig(BaseModel):
     distance: Literal["l2", "l1", "huber"] = option("diffusion", "l2", "distance in L_simple")
     weight: str = option("diffusion", "uniform", "weight of the noise levels in L_simple: " + ", ".join(weights))
     times: Literal["uniform", "log-normal", "importance"] = option("diffusion", "uniform", "which times are trained on")
-    label_dropout: float = option("diffusion", 0.1, "share of labels hidden, for guidance", ge=0, le=1)
+    label_dropout: float = option("diffusion", 0.1, "share of labels or captions hidden, for guidance", ge=0, le=1)
 
     batch_size: int = option(
         "optimiser", 32, "images in a step; accelerators are busier with 128 or more", ge=1, le=1_000_000
@@ -128,6 +131,8 @@ class TrainConfig(BaseModel):
             yield f"weight {self.weight} is defined for distance l2"
         if self.decay == "cosine" and self.steps is None:
             yield "decay cosine needs steps: it must know where it ends"
+        if self.captions and self.labels and "labels" in self.model_fields_set:
+            yield "captions and labels are one or the other; leave labels out"
         if self.attention and self.widths and len(self.attention) != len(self.widths):
             yield f"attention names {len(self.attention)} levels, widths {len(self.widths)}"
         for field, registry in (("schedule", schedules), ("prediction", predictions), ("weight", weights)):
@@ -149,7 +154,7 @@ class TrainConfig(BaseModel):
 
 # What a resumed run may not change: it would no longer be the same run.
 FIXED = (
-    "data", "size", "channels", "labels", "flip", "limit", "held_out", "seed", "preset", "widths", "layers",
+    "data", "size", "channels", "labels", "captions", "flip", "limit", "held_out", "seed", "preset", "widths", "layers",
     "attention", "head_dim", "dropout", "time_scale_shift", "schedule", "timesteps", "zero_snr", "prediction",
     "learned_variance", "objective", "distance", "weight", "times", "label_dropout", "batch_size", "accumulate", "ema",
 )  # fmt: skip

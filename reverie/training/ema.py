@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from reverie.base.errors import UsageError
 from reverie.models.checkpoints import check_tensors
+from reverie.training.power import exponent_of
 
 # Models that hold an average at the moment: what is taken from them now is not their own weights.
 swapped: WeakSet[nn.Module] = WeakSet()
@@ -122,6 +123,10 @@ class EMA:
         for name, buffer in self._buffers.items():
             buffer.copy_(attrgetter(name)(self.model))  # looked up each time: modules replace buffers
 
+    def weights(self) -> dict[str, Tensor]:
+        """Return what is averaged: each weight once, without what is copied."""
+        return dict(self._weights)
+
     def state(self) -> dict[str, Tensor]:
         """Return the average under the names of the model's own state: weights that a model can load."""
         tensors = self._weights | self._buffers
@@ -167,6 +172,35 @@ class EMA:
             overwrite(live, own)
             if not nested:
                 swapped.discard(model)
+
+
+class PowerEMA(EMA):
+    """An average whose length stays a share of the run so far, from which other lengths can be built (power.py).
+
+    Arguments:
+        model: The model to follow.
+        sigma_rel: The relative length, above 0 and at most 0.2887.
+
+    Raises:
+        UsageError: There is no such length.
+
+    Example:
+        >>> PowerEMA(nn.Linear(2, 1), 0.1).decay_at(step=99)
+        0.923...
+    """
+
+    def __init__(self, model: nn.Module, sigma_rel: float) -> None:
+        self.sigma_rel, self.exponent = sigma_rel, exponent_of(sigma_rel)
+        super().__init__(model, warmup=False)
+
+    @property
+    def name(self) -> str:
+        """What to call it in a checkpoint: "ema-power-0.1"."""
+        return f"ema-power-{self.sigma_rel:.12g}"
+
+    def decay_at(self, step: int) -> float:
+        """Return beta of power.py's (1) for the step that t others came before: 0 for the first."""
+        return (1 - 1 / (step + 1)) ** (self.exponent + 1)
 
 
 @torch.no_grad()

@@ -5,15 +5,16 @@ Each is a default that a flag overrides, and the run prints them before it start
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 import reverie
-from reverie.base.errors import UsageError
+from reverie.base.errors import DataError, UsageError
 from reverie.data.dataset import Dataset
+from reverie.data.words import make_vocabulary
 from reverie.diffusion.registry import schedules
-from reverie.models.card import Card, DataRecord, NetworkSpec, SamplingDefaults, ScheduleSpec
+from reverie.models.card import Card, DataRecord, NetworkSpec, SamplingDefaults, ScheduleSpec, WordsSpec
 from reverie.training.config import TrainConfig
 
 
@@ -32,6 +33,7 @@ PRESETS = {
     "base": Preset(64, (1, 2, 2, 4, 4, 8), 2, 5e-4),
     "large": Preset(128, (1, 2, 2, 2, 4, 4), 2, 2e-4),
 }
+GUIDANCE = 3.0  # of a model that takes prompts, where nobody says otherwise
 TABLES = ("linear", "scaled-linear", "cosine", "sigmoid", "sigmoid-in-beta")
 
 
@@ -44,24 +46,25 @@ class Plan:
         device: Where it trains.
         dtype: The network's arithmetic, None for float32.
         learning_rate: Adam's step size after the warm-up.
-        labels: Whether the data's classes condition the model.
     """
 
     card: Card
     device: torch.device
     dtype: torch.dtype | None
     learning_rate: float
-    labels: bool
 
     def lines(self) -> list[str]:
         """Return the choices in words, a line each."""
         network = self.card.network.config
+        network = network.get("unet", network)
         classes = f", {len(self.card.classes)} classes" if self.card.classes else ""
+        text = self.card.text
         arithmetic = "float32" if self.dtype is None else "bfloat16"
         data = self.card.data
         lines = [
             f"data: {data.name}, {data.count} images of {shape_words(self.card.shape)}{classes}" if data else "",
             f"images: {data.preparation}" if data and data.preparation else "",
+            f"captions: {len(text.entries)} words and letters, {text.length} to a caption" if text else "",
             f"network: U-Net, channels {network['channels']}, {network['layers']} blocks a level, "
             f"attention {network['attention']}",
             f"predicts {self.card.prediction} on the {self.card.schedule.name} schedule; {arithmetic} on {self.device}",
@@ -87,25 +90,55 @@ def make_plan(config: TrainConfig, dataset: Dataset) -> Plan:
         UsageError: The device is not there, or settings do not fit the data.
     """
     device = choose_device(config.device)
-    labels = config.labels and bool(dataset.classes)
+    labels = config.labels and bool(dataset.classes) and not config.captions
+    text = words_of(dataset) if config.captions else None
     preset = PRESETS[choose_preset(config, device)]
     card = Card(
         shape=dataset.shape,
-        network=NetworkSpec(config=network_config(config, dataset, preset, labels)),
+        network=network_spec(network_config(config, dataset, preset, labels), text, preset),
         schedule=schedule_spec(config),
         prediction=config.prediction,
         learned_variance=config.learned_variance,
         classes=dataset.classes if labels else (),
+        text=text,
         data=DataRecord(
             name=dataset.name[:200],
             fingerprint=dataset.fingerprint,
             count=len(dataset),
             preparation=dataset.preparation,
         ),
-        sampling=SamplingDefaults(),
+        sampling=SamplingDefaults(guidance=GUIDANCE) if text else SamplingDefaults(),
         code=reverie.__version__,
     )
-    return Plan(card, device, choose_dtype(config.dtype, device), config.learning_rate or preset.learning_rate, labels)
+    return Plan(card, device, choose_dtype(config.dtype, device), config.learning_rate or preset.learning_rate)
+
+
+def words_of(dataset: Dataset) -> WordsSpec:
+    """Return the vocabulary of a data set's captions.
+
+    Raises:
+        DataError: It has none.
+    """
+    captions = [dataset.caption(i) for i in range(len(dataset))]
+    given = [caption for caption in captions if caption]
+    if not given:
+        raise DataError(
+            f"{dataset.name} has no captions (a metadata.jsonl with text, or a .txt beside each image); "
+            "leave --captions out"
+        )
+    vocabulary = make_vocabulary(given)
+    return WordsSpec(entries=vocabulary.entries, length=vocabulary.length)
+
+
+def network_spec(unet: dict[str, Any], text: WordsSpec | None, preset: Preset) -> NetworkSpec:
+    """Return the U-Net, with an encoder of words before it where there are captions."""
+    if text is None:
+        return NetworkSpec(config=unet)
+    words = {"vocabulary": len(text.entries) + 1, "length": text.length, "width": 4 * preset.width}
+    # The words are looked at wherever 16 pixels a side or fewer are left, not on one level alone.
+    levels = attending(len(unet["channels"]), max(unet["sample_size"]))
+    unet = unet | {"attention": [level >= levels.index(True) if any(levels) else True for level in range(len(levels))]}
+    return NetworkSpec(name="captioned", config={"words": words, "unet": unet})
 
 
 def choose_preset(config: TrainConfig, device: torch.device) -> str:

@@ -1,5 +1,6 @@
 """Sample grids as a run goes on: the averaged weights, the same noise every time."""
 
+from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
 
@@ -13,12 +14,12 @@ from reverie.models.model import Model
 from reverie.models.pictures import grid_picture
 
 
-def preview(model: Model, count: int, steps: int, seed: int) -> Image:
-    """Return a grid of samples by DDIM; with classes, a column for each, the class's own noise in it."""
+def preview(model: Model, count: int, steps: int, seed: int, prompts: Sequence[str] | None = None) -> Image:
+    """Return a grid of samples by DDIM: with classes, a column for each, the class's own noise in it; or of prompts."""
     classes = len(model.card.classes)
     most = min(steps, getattr(model.denoiser.schedule, "timesteps", steps))
     labels = [i % classes for i in range(count)] if classes else None
-    samples = model.sample(count, seed=seed, classes=labels, sampler="ddim", steps=most)
+    samples = model.sample(count, seed=seed, classes=labels, prompt=prompts, sampler="ddim", steps=most)
     return grid_picture(samples.uint8, columns=classes if 2 <= classes <= 16 else None)
 
 

@@ -31,6 +31,7 @@ from reverie.models.card import Card, TrainingRecord, read_card
 from reverie.models.checkpoints import Checkpoint, CheckpointStore, check_tensors
 from reverie.models.formats import write_model
 from reverie.models.model import Model
+from reverie.training.conditions import Conditions
 from reverie.training.config import TrainConfig
 from reverie.training.ema import EMA
 from reverie.training.metrics import Console, MetricsLog, Stream, imported, open_trackers
@@ -134,6 +135,7 @@ class Run:
             self.say(line)
         self.dataset = self.open_data()
         self.plan = make_plan(self.config, self.dataset)
+        self.conditions = Conditions(self.plan.card, self.dataset)
         self.progress = Progress()
         self.saved_at = -1
         self.stop = StopRequest()
@@ -304,17 +306,9 @@ class Run:
 
     def examples(self, batch: Batch) -> Examples:
         """Return a batch with its times and noise, on the device."""
-        labels = batch.labels if self.plan.labels else None
-        card, progress = self.plan.card, self.progress
-        examples = draw_examples(
-            batch.images,
-            labels,
-            batch.positions.tolist(),
-            self.update.times,
-            progress.step,
-            self.config,
-            card.null_label,
-        )
+        told = self.conditions(batch.indices.tolist())
+        positions = batch.positions.tolist()
+        examples = draw_examples(batch.images, told, positions, self.update.times, self.progress.step, self.config)
         return on_device(examples, self.plan.device, self.layout)
 
     def report_skipped(self, report: StepReport, batch: Batch) -> None:
@@ -386,7 +380,7 @@ class Run:
                 self.model.denoiser,
                 self.dataset,
                 self.held_out,
-                self.plan.labels,
+                self.conditions,
                 self.plan.device,
                 self.config.batch_size,
             )
@@ -401,12 +395,20 @@ class Run:
             return
         try:
             with self.averaged():
-                picture = preview(self.model, config.sample_count, config.sample_steps, config.seed)
+                count = config.sample_count
+                picture = preview(self.model, count, config.sample_steps, config.seed, self.prompts(count))
             path.parent.mkdir(exist_ok=True)
             write_file(path, png_bytes(picture))
             self.log.trackers.picture(self.progress.step, "samples", to_tensor(picture))
         except (NonFiniteError, OSError) as error:
             self.say(f"no samples at step {self.progress.step}: {error}")
+
+    def prompts(self, count: int) -> list[str] | None:
+        """Return captions for a grid of samples, of data held out where there is any."""
+        if self.plan.card.text is None:
+            return None
+        chosen = self.held_out or self.train_indices
+        return [self.dataset.caption(chosen[i % len(chosen)]) or "" for i in range(count)]
 
     @contextmanager
     def averaged(self) -> Iterator[None]:

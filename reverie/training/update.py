@@ -17,6 +17,7 @@ from reverie.base.randomness import normal, torch_seed, uniform
 from reverie.diffusion.denoisers import Denoiser
 from reverie.diffusion.objectives import Objective
 from reverie.diffusion.times import TimeSampler
+from reverie.models.conditioning import Told
 from reverie.training.config import TrainConfig
 
 MEMORY = 0.98  # of the running mean of the gradient's norm
@@ -41,24 +42,19 @@ class Examples:
         t: Times (B,).
         factor: What makes the times' losses unbiased (B,).
         eps: Noise (B, C, H, W).
-        label: Labels (B,), the null label where hidden; None without classes.
+        condition: What the network is told, tensors of B rows by its keyword: nothing, where that is hidden.
     """
 
     x0: Tensor
     t: Tensor
     factor: Tensor
     eps: Tensor
-    label: Tensor | None
+    condition: dict[str, Tensor]
 
     def part(self, index: slice) -> "Examples":
         """Return some of them."""
-        label = None if self.label is None else self.label[index]
-        return Examples(self.x0[index], self.t[index], self.factor[index], self.eps[index], label)
-
-    @property
-    def condition(self) -> dict[str, Tensor]:
-        """The condition, by the network's keyword."""
-        return {} if self.label is None else {"label": self.label}
+        condition = {name: value[index] for name, value in self.condition.items()}
+        return Examples(self.x0[index], self.t[index], self.factor[index], self.eps[index], condition)
 
 
 def to_unit(images: Tensor) -> Tensor:
@@ -68,28 +64,34 @@ def to_unit(images: Tensor) -> Tensor:
 
 def draw_examples(
     images: Tensor,
-    labels: Tensor | None,
+    told: Told | None,
     positions: Sequence[int],
     times: TimeSampler,
     step: int,
     config: TrainConfig,
-    null_label: int,
 ) -> Examples:
     """Return what a step trains on; everything random in it is a function of the seed and of (step, position)."""
     drawn = times(len(images), config.seed, "time", step)
     eps = torch.stack([normal(images.shape[1:], config.seed, "train", int(p)) for p in positions])
-    if labels is not None:
-        hidden = uniform((len(labels),), config.seed, "hide", step) < config.label_dropout
-        labels = torch.where(hidden, null_label, labels)
-    return Examples(to_unit(images), drawn.t, drawn.factor, eps, labels)
+    hidden = uniform((len(images),), config.seed, "hide", step) < config.label_dropout
+    return Examples(to_unit(images), drawn.t, drawn.factor, eps, hide(told, hidden))
+
+
+def hide(told: Told | None, hidden: Tensor) -> dict[str, Tensor]:
+    """Return what the network is told, and nothing where it is hidden (B,)."""
+    if told is None:
+        return {}
+    assert told.nothing is not None
+    rows = {name: hidden.reshape(-1, *[1] * (value.ndim - 1)) for name, value in told.condition.items()}
+    return {name: torch.where(rows[name], told.nothing[name], value) for name, value in told.condition.items()}
 
 
 def on_device(examples: Examples, device: torch.device, layout: torch.memory_format) -> Examples:
     """Return the examples on a device, images in a memory layout."""
-    label = None if examples.label is None else examples.label.to(device)
+    condition = {name: value.to(device) for name, value in examples.condition.items()}
     x0 = examples.x0.to(device, memory_format=layout)
     eps = examples.eps.to(device, memory_format=layout)
-    return Examples(x0, examples.t.to(device), examples.factor.to(device), eps, label)
+    return Examples(x0, examples.t.to(device), examples.factor.to(device), eps, condition)
 
 
 @dataclass(frozen=True)

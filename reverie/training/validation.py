@@ -1,5 +1,7 @@
 """The held-out loss, per noise level, with noise that never changes: two runs' curves can be compared."""
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -9,6 +11,7 @@ from reverie.data.dataset import Dataset
 from reverie.diffusion.denoisers import Denoiser
 from reverie.diffusion.objectives import Simple
 from reverie.diffusion.schedules import Schedule, Table
+from reverie.models.conditioning import Told
 from reverie.training.update import to_unit
 
 LEVELS = 10
@@ -25,7 +28,7 @@ def held_out_loss(
     denoiser: Denoiser,
     dataset: Dataset,
     indices: list[int],
-    labels: bool,
+    conditions: Callable[[list[int]], Told | None],
     device: torch.device,
     batch_size: int = 64,
     most: int = 128,
@@ -42,8 +45,8 @@ def held_out_loss(
         part = chosen[start : start + batch_size]
         x0 = to_unit(dataset.images(part)).to(device)
         eps = torch.stack([normal(x0.shape[1:], 0, "validate", int(i)) for i in part]).to(device)
-        label = dataset.labels(part) if labels else None
-        condition = {} if label is None else {"label": label.to(device)}
+        told = conditions(part)
+        condition = {} if told is None else {name: value.to(device) for name, value in told.condition.items()}
         for k, t in enumerate(times):
             total[k] += float(simple(denoiser, x0, t.expand(len(part)), eps, condition).double().sum())
     return total / len(chosen)

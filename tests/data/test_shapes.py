@@ -44,3 +44,14 @@ def test_the_resolution_does_not_change_the_scene():
 def test_wrong_options_are_refused(spec):
     with pytest.raises(UsageError, match="shapes"):
         open_dataset(spec)
+
+
+def test_the_splits_have_no_words_in_common():
+    train, other = (open_dataset(f"shapes:16,count=400,split={split}") for split in ("train", "held-out"))
+    groups = [{str(group) for i in range(400) for group in data.truth(i).groups} for data in (train, other)]
+    assert len(groups[0]) > 300
+    assert len(groups[1]) > 50
+    assert not groups[0] & groups[1]
+    assert train.fingerprint != other.fingerprint
+    with pytest.raises(UsageError, match="split is 'test'"):
+        open_dataset("shapes:32,split=test")

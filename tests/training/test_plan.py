@@ -33,11 +33,9 @@ def test_attention_starts_at_sixteen_pixels():
 
 def test_the_classes_are_the_datas_and_one_label_more(digits):
     made = plan(digits)
-    assert made.labels
     assert len(made.card.classes) == 10
     assert made.card.network.config["num_class_embeds"] == 11
     without = plan(digits, labels=False)
-    assert not without.labels
     assert without.card.classes == ()
     assert without.card.network.config["num_class_embeds"] is None
 

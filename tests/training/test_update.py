@@ -10,6 +10,7 @@ from reverie.diffusion.denoisers import NetworkDenoiser
 from reverie.diffusion.objectives import Simple
 from reverie.diffusion.schedules import linear
 from reverie.diffusion.times import UniformTimes
+from reverie.models.conditioning import Told
 from reverie.networks.unet import UNet, UNetConfig
 from reverie.training.config import TrainConfig
 from reverie.training.update import SETTLED, Update, draw_examples, seeded
@@ -28,7 +29,7 @@ def make(**settings) -> Update:
 
 def examples(update: Update, step: int = 0, count: int = 4):
     images = torch.arange(count * 16, dtype=torch.uint8).reshape(count, 1, 4, 4) * 3
-    return draw_examples(images, None, range(step * count, (step + 1) * count), update.times, step, update.config, 0)
+    return draw_examples(images, None, range(step * count, (step + 1) * count), update.times, step, update.config)
 
 
 def weights(update: Update) -> list[torch.Tensor]:
@@ -38,8 +39,8 @@ def weights(update: Update) -> list[torch.Tensor]:
 def test_what_is_drawn_depends_on_the_position_alone():
     update = make()
     images = torch.zeros(3, 1, 4, 4, dtype=torch.uint8)
-    one = draw_examples(images, None, [5, 6, 7], update.times, 0, update.config, 0)
-    other = draw_examples(images[:1], None, [7], update.times, 9, update.config, 0)
+    one = draw_examples(images, None, [5, 6, 7], update.times, 0, update.config)
+    other = draw_examples(images[:1], None, [7], update.times, 9, update.config)
     assert torch.equal(one.eps[2], other.eps[0])
 
 
@@ -47,8 +48,9 @@ def test_labels_are_hidden_at_the_rate_asked_for():
     """2,000 labels at rate 0.25: within 4.5 standard errors, a false alarm in 150,000."""
     update = make(label_dropout=0.25)
     images, labels = torch.zeros(2000, 1, 1, 1, dtype=torch.uint8), torch.zeros(2000, dtype=torch.int64)
-    drawn = draw_examples(images, labels, range(2000), update.times, 0, update.config, 10)
-    hidden = float((drawn.label == 10).double().mean())
+    told = Told({"label": labels}, {"label": torch.full_like(labels, 10)})
+    drawn = draw_examples(images, told, range(2000), update.times, 0, update.config)
+    hidden = float((drawn.condition["label"] == 10).double().mean())
     assert abs(hidden - 0.25) < 4.5 * math.sqrt(0.25 * 0.75 / 2000)
 
 
