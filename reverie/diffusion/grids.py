@@ -10,6 +10,7 @@ never works out a neighbour by itself, so that every step lands where the next o
     linspace   i = round(k (T - 1) / (N - 1))              both ends
     karras     s = (s_max^(1/rho) + k/(N-1) (s_min^(1/rho) - s_max^(1/rho)))^rho, s = sigma / alpha
     log-snr    uniform in ln(alpha^2 / sigma^2)
+    angle      phi = phi(1) - k / N (phi(1) - phi(t_min)), phi = arctan(sigma / alpha): for a few large steps
 
 References:
     Common Diffusion Noise Schedules and Sample Steps are Flawed (Lin et al., 2023), table 2
@@ -108,6 +109,23 @@ def uniform_log_snr(schedule: Schedule, steps: int) -> Grid:
     """Return the grid (steps + 1,) uniform in log_snr."""
     check_steps(schedule, steps)
     return from_log_snr(schedule, torch.linspace(*ends(schedule), steps, dtype=torch.float64))
+
+
+def angle(schedule: Schedule, steps: int) -> Grid:
+    """Return the grid (steps + 1,) of equal strides of arctan(sigma / alpha), from t = 1.
+
+    Example:
+        >>> from reverie.diffusion.schedules import Flow
+        >>> [round(t, 3) for t in angle(Flow(), 2).tolist()]
+        [1.0, 0.5, 0.0]
+    """
+    check_steps(schedule, steps)
+    alpha, sigma = schedule.marginal(torch.tensor([1.0, schedule.t_min], dtype=torch.float64))
+    first, last = torch.atan2(sigma, alpha).tolist()
+    phi = first - torch.arange(steps, dtype=torch.float64) / steps * (first - last)
+    times = schedule.time(-2 * phi.tan().log())
+    times[0] = 1.0
+    return close(times)
 
 
 def ends(schedule: Schedule) -> tuple[float, float]:

@@ -41,6 +41,7 @@ grids = Registry(
         "linspace": f"{_HERE}.grids:linspace",
         "karras": f"{_HERE}.grids:karras",
         "log-snr": f"{_HERE}.grids:uniform_log_snr",
+        "angle": f"{_HERE}.grids:angle",
     },
 )
 
