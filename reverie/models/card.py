@@ -108,6 +108,37 @@ class WordsSpec(Part):
     length: int = Field(ge=1, le=4096)
 
 
+class ClipSpec(Part):
+    """CLIP's text encoders, as Stable Diffusion has them.
+
+    Arguments:
+        family: "sd" is one encoder's last layer, "sdxl" the last but one of two, and what the second pools.
+        encoders: Their configurations, in transformers' words.
+        zero_empty: Whether the empty prompt, as what guidance leads away from, is all zeros.
+    """
+
+    kind: Literal["clip"] = "clip"
+    family: Literal["sd", "sdxl"] = "sd"
+    encoders: Annotated[tuple[dict[Name, Any], ...], Field(min_length=1, max_length=2)]
+    zero_empty: bool = False
+
+
+class CodecSpec(Part):
+    """What is between pictures and what is denoised: an autoencoder's latents, z' = scale (z - shift).
+
+    Arguments:
+        name: The network's name in `networks`.
+        config: Its configuration.
+        scale: What makes the latents' variance about one.
+        shift: Their mean.
+    """
+
+    name: Name = "autoencoder"
+    config: dict[Name, Any]
+    scale: float = Field(1.0, gt=0)
+    shift: float = 0.0
+
+
 class SamplingDefaults(Part):
     """How a model is sampled where nobody says otherwise.
 
@@ -147,8 +178,11 @@ class Card(Part):
         classes: The classes' names.
         unconditional: Whether the network has one label more, the last, for none of the classes.
         text: How prompts are read, where it takes prompts.
+        codec: What turns what is denoised into pictures, where it is not pictures itself: then `shape` is that of
+            the latents.
         data: What it was trained on.
         training: How.
+        teacher: The digest of the model that it began as, where it has few steps by training.
         sampling: Defaults for sampling.
         code: The version of reverie that wrote the card.
 
@@ -168,9 +202,11 @@ class Card(Part):
     learned_variance: bool = False
     classes: Annotated[tuple[Name, ...], Field(max_length=100_000)] = ()
     unconditional: bool = True
-    text: WordsSpec | None = None
+    text: Annotated[WordsSpec | ClipSpec, Field(discriminator="kind")] | None = None
+    codec: CodecSpec | None = None
     data: DataRecord | None = None
     training: TrainingRecord | None = None
+    teacher: Name = ""
     sampling: SamplingDefaults = SamplingDefaults()
     code: Name = ""
 

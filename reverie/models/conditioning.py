@@ -25,17 +25,29 @@ class Conditioner(ABC):
     """Prompts to what the network is told. Each prompt is encoded alone, so that it is the same in any company."""
 
     @abstractmethod
-    def encode(self, prompts: Sequence[str], shape: Sequence[int] = ()) -> dict[str, Tensor]:
+    def encode(
+        self, prompts: Sequence[str], size: tuple[int, int] = (0, 0), chunks: int = 1, nothing: bool = False
+    ) -> dict[str, Tensor]:
         """Return tensors of a row for each prompt, by the network's keyword.
 
         Arguments:
             prompts: The texts.
-            shape: The samples', for what depends on their size.
+            size: Height and width of the pictures, in pixels.
+            chunks: The length of the prompts that they are drawn with, as `length` says.
+            nothing: They are what guidance leads away from.
         """
+
+    def length(self, prompt: str) -> int:
+        """Return a prompt's length in the network's own measure: what is drawn together has one length."""
+        return 1
 
     @abstractmethod
     def remarks(self, prompt: str) -> list[str]:
-        """Return what of a prompt does not reach the network, in sentences."""
+        """Return what of a prompt does not reach the network as it stands, in sentences."""
+
+    @abstractmethod
+    def to(self, device: torch.device | str) -> None:
+        """Move what it computes with to a device; nothing moves, where that is the network's own."""
 
 
 class WordsConditioner(Conditioner):
@@ -49,7 +61,9 @@ class WordsConditioner(Conditioner):
     def __init__(self, spec: WordsSpec, network: nn.Module) -> None:
         self.vocabulary, self.network = Vocabulary(spec.entries, spec.length), network
 
-    def encode(self, prompts: Sequence[str], shape: Sequence[int] = ()) -> dict[str, Tensor]:
+    def encode(
+        self, prompts: Sequence[str], size: tuple[int, int] = (0, 0), chunks: int = 1, nothing: bool = False
+    ) -> dict[str, Tensor]:
         """Return the context (B, n, width) and the pooled words (B, p) of prompts."""
         device = next(self.network.parameters()).device
         with torch.no_grad():
@@ -68,6 +82,9 @@ class WordsConditioner(Conditioner):
             )
         return found
 
+    def to(self, device: torch.device | str) -> None:
+        """The encoder is the network's own, and moves with it."""
+
 
 def build_conditioner(card: Card, network: nn.Module) -> Conditioner | None:
     """Return what reads prompts for a model that was trained with the encoder of its words; None for others."""
@@ -80,8 +97,11 @@ def told(plan: SamplingPlan, rows: Iterable[int], conditioner: Conditioner | Non
     if plan.prompts is not None:
         assert conditioner is not None
         asked, unwanted = ([texts[i] for i in rows] for texts in (plan.prompts, plan.negatives or plan.prompts))
-        both = conditioner.encode([*asked, *unwanted], plan.shape)
-        parts = [{name: value[half].to(device) for name, value in both.items()} for half in halves(len(rows))]
+        chunks = max(map(conditioner.length, {*asked, *unwanted}))
+        parts = [
+            {name: value.to(device) for name, value in conditioner.encode(texts, plan.size, chunks, nothing).items()}
+            for texts, nothing in ((asked, False), (unwanted, True))
+        ]
         return Told(parts[0], parts[1])
     if plan.labels is None:
         return None
@@ -90,9 +110,19 @@ def told(plan: SamplingPlan, rows: Iterable[int], conditioner: Conditioner | Non
     return Told({"label": labels}, nothing)
 
 
-def halves(count: int) -> tuple[slice, slice]:
-    """Return the first and the second half of 2 count rows."""
-    return slice(0, count), slice(count, 2 * count)
+def same_length(plan: SamplingPlan, conditioner: Conditioner | None) -> list[range]:
+    """Return the rows of each batch: consecutive, of one length of prompts, as many as the plan takes together."""
+    if plan.prompts is None or conditioner is None:
+        return [range(i, min(i + plan.batch_size, plan.n)) for i in range(0, plan.n, plan.batch_size)]
+    negatives = plan.negatives or plan.prompts
+    lengths = [max(map(conditioner.length, texts)) for texts in zip(plan.prompts, negatives, strict=True)]
+    found: list[range] = []
+    for i, length in enumerate(lengths):
+        if found and len(found[-1]) < plan.batch_size and lengths[found[-1][0]] == length:
+            found[-1] = range(found[-1][0], i + 1)
+        else:
+            found.append(range(i, i + 1))
+    return found
 
 
 def guided(denoiser: Denoiser, said: Told, guidance: float | None) -> Denoiser:

@@ -1,7 +1,7 @@
 """The model: a denoiser with its card, which is what is saved, loaded, sampled and served."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from typing import Any
 
@@ -33,6 +33,7 @@ class Model:
         origin: What of that path it is: {"checkpoint": "step-00000500", "weights": "ema-0.999"}.
         warnings: What went otherwise than hoped for when it was read, in sentences.
         conditioner: What reads prompts; of a network with an encoder of its own, that one.
+        codec: What turns latents into pictures, where it is latents that are denoised.
 
     Example:
         >>> from reverie.models.builders import build
@@ -50,7 +51,9 @@ class Model:
         origin: Mapping[str, str] | None = None,
         warnings: Sequence[str] = (),
         conditioner: Conditioner | None = None,
+        codec: Any = None,
     ) -> None:
+        self.codec = codec
         self.conditioner = conditioner or build_conditioner(card, denoiser.network)
         self.denoiser, self.card, self.source = denoiser, card, source
         self.origin, self.warnings = dict(origin or {}), tuple(warnings)
@@ -82,6 +85,9 @@ class Model:
     def to(self, device: str | torch.device) -> "Model":
         """Move the network to a device, and return the model itself."""
         self.denoiser.to(device)
+        for part in (self.conditioner, self.codec):
+            if part is not None:
+                part.to(device)
         return self
 
     def plan(self, n: int, **request: Any) -> SamplingPlan:
@@ -90,7 +96,8 @@ class Model:
         Raises:
             UsageError: Something is out of range, unknown, or would have no effect.
         """
-        return make_plan(self.denoiser, self.card, n, **request)
+        factor = self.codec.factor if self.codec else 1
+        return make_plan(self.denoiser, self.card, n, factor=factor, **request)
 
     def sample(
         self,
@@ -106,6 +113,7 @@ class Model:
         guidance: float | None = None,
         clip: bool | float | None = None,
         threshold: float | None = None,
+        size: int | Sequence[int] | None = None,
         batch_size: int | None = None,
         exact: bool = True,
         dtype: str | torch.dtype | None = None,
@@ -127,6 +135,7 @@ class Model:
             guidance: w of classifier-free guidance: 0 ignores the class, 1 asks for it, more insists.
             clip: The limit that x_0 is kept within; True for 1, False for none.
             threshold: Dynamic thresholding: the quantile of |x_0| that is scaled back to the limit.
+            size: Height and width of the pictures, or one number for both; the model's own, where None.
             batch_size: How many go through the steps together: memory against speed, nothing else.
             exact: A sample's bits depend on the model, its seed and these settings alone, not on n, on
                 batch_size or on its neighbours (on a CPU, at one number of threads).
@@ -142,7 +151,7 @@ class Model:
         """
         plan = self.plan(
             n, seed=seed, classes=classes, prompt=prompt, negative_prompt=negative_prompt, sampler=sampler, steps=steps,
-            grid=grid, guidance=guidance, clip=clip, threshold=threshold, batch_size=batch_size, exact=exact,
+            grid=grid, guidance=guidance, clip=clip, threshold=threshold, size=size, batch_size=batch_size, exact=exact,
             dtype=dtype, intermediates=intermediates, **options,
         )  # fmt: skip
         return self.execute(plan, callback)
@@ -151,8 +160,16 @@ class Model:
         """Carry out a plan that `plan` made."""
         x, passed = execute(self.denoiser, plan, callback, self.conditioner)
         labels = None if plan.labels is None else torch.tensor(plan.labels)
+        if self.codec is not None:
+            x, passed = self.decoded(x), tuple(replace(one, x0=self.decoded(one.x0)) for one in passed)
         images = x.clamp(-1, 1) if self.card.kind == "image" else x
         return Samples(images, torch.tensor(plan.seeds), labels, self.record(plan), passed)
+
+    def decoded(self, latents: Tensor) -> Tensor:
+        """Return the pictures (n, C, H, W) of latents, on the CPU, each decoded by itself."""
+        assert self.codec is not None
+        with torch.no_grad():
+            return torch.cat([self.codec.decode(one[None].to(self.device)).cpu() for one in latents])
 
     def record(self, plan: SamplingPlan) -> dict[str, Any]:
         """Return all that it takes to make the samples of a plan again, as JSON holds it."""

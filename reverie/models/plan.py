@@ -29,6 +29,7 @@ MAX_ROWS = 32
 
 BATCH_NUMBERS = 1 << 20  # numbers of a batch where no batch size is asked for
 MAX_SAMPLES = 10_000_000
+MAX_SIDE = 1 << 16
 MAX_PROMPT = 1 << 20  # characters
 DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SETTINGS = (
@@ -42,6 +43,7 @@ SETTINGS = (
     "guidance",
     "clip",
     "threshold",
+    "size",
     "batch_size",
     "exact",
     "dtype",
@@ -87,6 +89,7 @@ class SamplingPlan:
         kept: The steps after which the state is kept.
         prompts: The prompt of each sample; None for a model that takes none.
         negatives: What each is guided away from; None for a model that takes no prompts.
+        size: Height and width of the pictures in pixels; (0, 0) where samples are no pictures.
     """
 
     shape: tuple[int, ...]
@@ -108,6 +111,7 @@ class SamplingPlan:
     kept: tuple[int, ...] = ()
     prompts: tuple[str, ...] | None = None
     negatives: tuple[str, ...] | None = None
+    size: tuple[int, int] = (0, 0)
 
     @property
     def n(self) -> int:
@@ -174,6 +178,7 @@ class SamplingPlan:
             "guidance": self.guidance,
             "clip": self.clip if self.clip is not None else False,
             "threshold": self.threshold,
+            "size": list(self.size) if self.size != (0, 0) else None,
             "dtype": next(name for name, dtype in DTYPES.items() if dtype == self.dtype),
             "exact": self.exact,
             # Free batches have bits of their own; in exact mode a batch's size decides nothing.
@@ -196,13 +201,17 @@ def make_plan(
     guidance: float | None = None,
     clip: bool | float | None = None,
     threshold: float | None = None,
+    size: int | Sequence[int] | None = None,
     batch_size: int | None = None,
     exact: bool = True,
     dtype: str | torch.dtype | None = None,
     intermediates: int | Sequence[int] = 0,
+    factor: int = 1,
     **options: Any,
 ) -> SamplingPlan:
     """Settle a request to a model; what is None comes from its card. `Model.sample` says what each means.
+
+    `factor` is how many pixels a side of what is denoised stands for.
 
     Raises:
         UsageError: Something is out of range, unknown, or would have no effect.
@@ -224,8 +233,10 @@ def make_plan(
     chosen = settle_grid_options(card, grid, options)
     times = settle_grid(denoiser.schedule, card, grid, steps, chosen)
     quantile, limit = settle_clipping(card, clip, threshold)
+    pixels = settle_size(card, size, factor)
+    shape = (card.shape[0], *(side // factor for side in pixels)) if pixels != (0, 0) else card.shape
     return SamplingPlan(
-        shape=card.shape,
+        shape=shape,
         seeds=seeds,
         labels=labels,
         null_label=card.null_label if card.classes and card.unconditional else None,
@@ -239,11 +250,12 @@ def make_plan(
         threshold=quantile,
         dtype=denoiser.dtype if dtype is None else settle_dtype(dtype),
         exact=bool(exact),
-        batch_size=settle_batch_size(card, len(seeds), batch_size),
+        batch_size=settle_batch_size(shape, len(seeds), batch_size),
         calls=rule.count(denoiser.schedule, times),
         kept=settle_kept(intermediates, len(times) - 1),
         prompts=prompts,
         negatives=negatives,
+        size=pixels,
     )
 
 
@@ -367,7 +379,7 @@ def settle_clipping(
     if clip is None and threshold is None:
         clip, threshold = card.sampling.clip, card.sampling.threshold
     if clip is None:
-        clip = card.kind == "image" or threshold is not None
+        clip = (card.kind == "image" and card.codec is None) or threshold is not None
     limit = 1.0 if clip is True else None if clip is False else finite("clip", clip)
     if limit is not None and limit <= 0:
         raise UsageError(f"clip is {limit}; it must be positive (the limit of x_0), or False")
@@ -389,12 +401,30 @@ def settle_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
     return DTYPES[name]
 
 
-def settle_batch_size(card: Card, n: int, batch_size: int | None) -> int:
+def settle_size(card: Card, size: int | Sequence[int] | None, factor: int) -> tuple[int, int]:
+    """Return the pictures' height and width: as asked for, or as the model's; (0, 0) where samples are no pictures."""
+    if card.kind != "image":
+        if size is not None:
+            raise UsageError(f"size is {size}, but this model's samples are no pictures; leave it out")
+        return (0, 0)
+    if size is None:
+        return card.shape[1] * factor, card.shape[2] * factor
+    sides = (size, size) if isinstance(size, int) else tuple(size)
+    if len(sides) != 2:
+        raise UsageError(f"size is {size}; it must be one number, or height and width")
+    height, width = (whole("a side of size", side, 1, MAX_SIDE) for side in sides)
+    if height % factor or width % factor:
+        near = "x".join(str(max(factor, round(side / factor) * factor)) for side in (height, width))
+        raise UsageError(f"size is {height}x{width}; each side must be a multiple of {factor}: the nearest is {near}")
+    return height, width
+
+
+def settle_batch_size(shape: Sequence[int], n: int, batch_size: int | None) -> int:
     """Return how many samples go together: as asked, or what a million numbers allow, in whole buckets."""
     if batch_size is not None:
         return min(whole("batch_size", batch_size, 1, MAX_SAMPLES), n)
-    rows = bucket_rows(card.shape)
-    return min(n, max(rows, min(64, BATCH_NUMBERS // math.prod(card.shape)) // rows * rows))
+    rows = bucket_rows(shape)
+    return min(n, max(rows, min(64, BATCH_NUMBERS // math.prod(shape)) // rows * rows))
 
 
 def settle_kept(intermediates: int | Sequence[int], steps: int) -> tuple[int, ...]:

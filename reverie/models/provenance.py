@@ -30,7 +30,7 @@ from reverie.models.card import FittedSolver, Name, Number, Part, sentence
 from reverie.models.formats.run_folder import CHECKPOINTS
 from reverie.models.load import load
 from reverie.models.model import RECORD_FORMAT, Model, Samples
-from reverie.models.plan import MAX_PROMPT
+from reverie.models.plan import MAX_PROMPT, MAX_SIDE
 from reverie.models.sampling import Progress
 
 OWN, COMMON = "reverie", "parameters"
@@ -87,6 +87,7 @@ class Record(Part):
     guidance: float | None
     clip: bool | float
     threshold: float | None
+    size: tuple[Annotated[int, Field(ge=1, le=MAX_SIDE)], Annotated[int, Field(ge=1, le=MAX_SIDE)]] | None = None
     dtype: Name
     exact: bool
     batch_size: int | None
@@ -303,6 +304,7 @@ def request(record: Record) -> dict[str, Any]:
         "guidance": record.guidance,
         "clip": record.clip,
         "threshold": record.threshold,
+        "size": record.size,
         "dtype": record.dtype,
         "exact": record.exact,
         "batch_size": record.batch_size,

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from reverie.base.randomness import Noise
 from reverie.diffusion.denoisers import Clipped, Denoiser, FixedBatch, NetworkDenoiser, Thresholded
 from reverie.diffusion.samplers.base import State, run, start
-from reverie.models.conditioning import Conditioner, guided, told
+from reverie.models.conditioning import Conditioner, guided, same_length, told
 from reverie.models.memory import check_memory, memory_errors
 from reverie.models.plan import SamplingPlan
 
@@ -88,10 +88,9 @@ def execute(
     check_memory(memory_needed(plan), torch.device("cpu"), what, lower)
     results, kept = [], []
     with memory_errors(what, lower), evaluating(denoiser.network):
-        for batch in range(plan.batches):
-            first = batch * plan.batch_size
-            rows = range(first, min(first + plan.batch_size, plan.n))
-            watch = watcher(plan, batch, callback)
+        batches = same_length(plan, conditioner)
+        for batch, rows in enumerate(batches):
+            watch = watcher(plan, batch, len(batches), callback)
             ready = prepared(denoiser, plan, rows, device, conditioner)
             x, passed = draw(ready, plan, [plan.seeds[i] for i in rows], device, watch)
             results.append(x)
@@ -107,12 +106,12 @@ def memory_needed(plan: SamplingPlan) -> int:
 
 
 def watcher(
-    plan: SamplingPlan, batch: int, callback: Callable[[Progress], None] | None
+    plan: SamplingPlan, batch: int, batches: int, callback: Callable[[Progress], None] | None
 ) -> Callable[[int, State], None] | None:
     """Return what to call after each step of a batch."""
     if callback is None:
         return None
-    total = plan.batches * plan.steps
+    total = batches * plan.steps
     return lambda step, state: callback(Progress(batch, step, batch * plan.steps + step, total, state))
 
 
