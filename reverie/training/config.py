@@ -69,11 +69,18 @@ class TrainConfig(BaseModel):
     zero_snr: bool = option("diffusion", False, "rescale the table to zero terminal SNR")
     prediction: str = option("diffusion", "v", "what the network predicts: " + ", ".join(predictions))
     learned_variance: bool = option("diffusion", False, "learn the variance too; needs --objective hybrid or vlb")
-    objective: Literal["simple", "hybrid", "vlb"] = option("diffusion", "simple", "L_simple, L_hybrid or L_vlb")
+    objective: Literal["simple", "hybrid", "vlb", "consistency", "easy-consistency"] = option(
+        "diffusion", "simple", "L_simple, L_hybrid or L_vlb; or one of few steps"
+    )
     distance: Literal["l2", "l1", "huber"] = option("diffusion", "l2", "distance in L_simple")
     weight: str = option("diffusion", "uniform", "weight of the noise levels in L_simple: " + ", ".join(weights))
     times: Literal["uniform", "log-normal", "importance"] = option("diffusion", "uniform", "which times are trained on")
     label_dropout: float = option("diffusion", 0.1, "share of labels or captions hidden, for guidance", ge=0, le=1)
+
+    teacher: str | None = option("few steps", None, "a model to begin as and to learn from, for few steps")
+    target_decay: float = option(
+        "few steps", 0.0, "decay of the averaged network in a consistency target; 0 for none", ge=0, lt=1
+    )
 
     batch_size: int = option(
         "optimiser", 32, "images in a step; accelerators are busier with 128 or more", ge=1, le=1_000_000
@@ -121,8 +128,8 @@ class TrainConfig(BaseModel):
         """Yield what does not go together, in words."""
         if self.accumulate > self.batch_size or self.batch_size % self.accumulate:
             yield f"accumulate ({self.accumulate}) must divide batch_size ({self.batch_size})"
-        if self.learned_variance and self.objective == "simple":
-            yield "learned_variance needs objective hybrid or vlb: L_simple says nothing of the variance"
+        if self.learned_variance and self.objective not in ("hybrid", "vlb"):
+            yield f"learned_variance needs objective hybrid or vlb: {self.objective} says nothing of the variance"
         if self.objective == "hybrid" and not self.learned_variance:
             yield "objective hybrid is there to learn the variance; add learned_variance"
         if self.objective == "vlb" and (self.distance != "l2" or self.weight != "uniform"):
@@ -133,11 +140,28 @@ class TrainConfig(BaseModel):
             yield "decay cosine needs steps: it must know where it ends"
         if self.captions and self.labels and "labels" in self.model_fields_set:
             yield "captions and labels are one or the other; leave labels out"
+        yield from self.without_effect()
         if self.attention and self.widths and len(self.attention) != len(self.widths):
             yield f"attention names {len(self.attention)} levels, widths {len(self.widths)}"
         for field, registry in (("schedule", schedules), ("prediction", predictions), ("weight", weights)):
             if getattr(self, field) not in registry:
                 yield f"{field} is {getattr(self, field)!r}; it must be one of {', '.join(registry)}"
+
+    def without_effect(self) -> Any:
+        """Yield what has no effect on an objective of few steps, or on any other, in words."""
+        if self.objective not in FEW_STEPS:
+            for name in ("teacher", "target_decay"):
+                if name in self.model_fields_set:
+                    yield f"{name} has no effect on objective {self.objective}; it is for {', '.join(FEW_STEPS)}"
+            return
+        if found := [name for name in IDLE if name in self.model_fields_set]:
+            yield f"{', '.join(found)}: without effect on objective {self.objective}; leave out"
+        if self.teacher is not None and (found := [name for name in TEACHERS if name in self.model_fields_set]):
+            yield f"{', '.join(found)}: the teacher's is taken; leave out"
+        if self.objective in TAUGHT and self.teacher is None:
+            yield f"objective {self.objective} needs a teacher: --teacher MODEL"
+        if self.minutes is not None and self.steps is None:
+            yield f"objective {self.objective} needs steps: its curriculum must know where it ends"
 
     @property
     def total_steps(self) -> int | None:
@@ -152,9 +176,19 @@ class TrainConfig(BaseModel):
         return base * rise * 0.5 * (1 + math.cos(math.pi * min(1.0, step / self.steps)))
 
 
+# Objectives of few steps, those of them that need a teacher, what has no effect on any, and what a teacher settles.
+FEW_STEPS = ("consistency", "easy-consistency")
+TAUGHT = ("easy-consistency",)
+IDLE = ("distance", "weight", "validate_every", "sample_steps")
+TEACHERS = (
+    "preset", "widths", "layers", "attention", "head_dim", "time_scale_shift", "schedule", "timesteps", "zero_snr",
+    "prediction",
+)  # fmt: skip
+
 # What a resumed run may not change: it would no longer be the same run.
 FIXED = (
     "data", "size", "channels", "labels", "captions", "flip", "limit", "held_out", "seed", "preset", "widths", "layers",
     "attention", "head_dim", "dropout", "time_scale_shift", "schedule", "timesteps", "zero_snr", "prediction",
     "learned_variance", "objective", "distance", "weight", "times", "label_dropout", "batch_size", "accumulate", "ema",
+    "target_decay",
 )  # fmt: skip

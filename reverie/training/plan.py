@@ -15,7 +15,9 @@ from reverie.data.dataset import Dataset
 from reverie.data.words import make_vocabulary
 from reverie.diffusion.registry import schedules
 from reverie.models.card import Card, DataRecord, NetworkSpec, SamplingDefaults, ScheduleSpec, WordsSpec
-from reverie.training.config import TrainConfig
+from reverie.models.model import Model
+from reverie.training.config import FEW_STEPS, TrainConfig
+from reverie.training.few_step import RATE, SAMPLING, student_card
 
 
 class Preset(NamedTuple):
@@ -83,13 +85,27 @@ def shape_words(shape: tuple[int, ...]) -> str:
     return f"{shape[1]}x{shape[2]} {kind}"
 
 
-def make_plan(config: TrainConfig, dataset: Dataset) -> Plan:
+def make_plan(config: TrainConfig, dataset: Dataset, teacher: Model | None = None) -> Plan:
     """Return the plan for a configuration on its data.
+
+    Arguments:
+        config: What the run is told.
+        dataset: Its data.
+        teacher: The model that it begins as and learns from, if any.
 
     Raises:
         UsageError: The device is not there, or settings do not fit the data.
     """
     device = choose_device(config.device)
+    data = DataRecord(
+        name=dataset.name[:200],
+        fingerprint=dataset.fingerprint,
+        count=len(dataset),
+        preparation=dataset.preparation,
+    )
+    if teacher is not None:
+        card = student_card(config, dataset, teacher, data, reverie.__version__)
+        return Plan(card, device, few_step_dtype(config.dtype), config.learning_rate or RATE)
     labels = config.labels and bool(dataset.classes) and not config.captions
     text = words_of(dataset) if config.captions else None
     preset = PRESETS[choose_preset(config, device)]
@@ -101,16 +117,12 @@ def make_plan(config: TrainConfig, dataset: Dataset) -> Plan:
         learned_variance=config.learned_variance,
         classes=dataset.classes if labels else (),
         text=text,
-        data=DataRecord(
-            name=dataset.name[:200],
-            fingerprint=dataset.fingerprint,
-            count=len(dataset),
-            preparation=dataset.preparation,
-        ),
-        sampling=SamplingDefaults(guidance=GUIDANCE) if text else SamplingDefaults(),
+        data=data,
+        sampling=SamplingDefaults(guidance=GUIDANCE) if text else SAMPLING.get(config.objective, SamplingDefaults()),
         code=reverie.__version__,
     )
-    return Plan(card, device, choose_dtype(config.dtype, device), config.learning_rate or preset.learning_rate)
+    dtype = few_step_dtype(config.dtype) if config.objective in FEW_STEPS else choose_dtype(config.dtype, device)
+    return Plan(card, device, dtype, config.learning_rate or preset.learning_rate)
 
 
 def words_of(dataset: Dataset) -> WordsSpec:
@@ -194,7 +206,7 @@ def schedule_spec(config: TrainConfig) -> ScheduleSpec:
             options["zero_snr"] = True
     elif config.timesteps is not None or config.zero_snr:
         raise UsageError(f"timesteps and zero_snr belong to a table ({', '.join(TABLES)}), not to {config.schedule}")
-    elif config.objective != "simple":
+    elif config.objective in ("hybrid", "vlb"):
         raise UsageError(f"objective {config.objective} needs a table ({', '.join(TABLES)}), not {config.schedule}")
     schedule = schedules[config.schedule](**options)
     if schedule.zero_terminal_snr and config.prediction in ("eps", "score"):
@@ -227,6 +239,11 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype | None:
     if name == "float32":
         return None
     return torch.bfloat16 if name == "bfloat16" or fast_bfloat16(device) else None
+
+
+def few_step_dtype(name: str) -> torch.dtype | None:
+    """Return the network's dtype of a run of few steps: float32, as its losses are small differences, unless asked."""
+    return torch.bfloat16 if name == "bfloat16" else None
 
 
 def fast_bfloat16(device: torch.device) -> bool:

@@ -17,9 +17,11 @@ from reverie.models.pictures import grid_picture
 def preview(model: Model, count: int, steps: int, seed: int, prompts: Sequence[str] | None = None) -> Image:
     """Return a grid of samples by DDIM: with classes, a column for each, the class's own noise in it; or of prompts."""
     classes = len(model.card.classes)
+    own = model.card.sampling.sampler not in ("ddim", "auto")  # few steps by training have a sampler that goes with it
+    sampler, grid = (None, None) if own else ("ddim", "trailing")
     most = min(steps, getattr(model.denoiser.schedule, "timesteps", steps))
     labels = [i % classes for i in range(count)] if classes else None
-    samples = model.sample(count, seed=seed, classes=labels, prompt=prompts, sampler="ddim", steps=most)
+    samples = model.sample(count, seed=seed, classes=labels, prompt=prompts, sampler=sampler, grid=grid, steps=most)
     return grid_picture(samples.uint8, columns=classes if 2 <= classes <= 16 else None)
 
 

@@ -7,14 +7,18 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from reverie.base.errors import ModelFileError, UsageError
+from reverie.diffusion.denoisers import Denoiser
 from reverie.diffusion.objectives import Hybrid, Objective, Simple, Variational
 from reverie.diffusion.schedules import Schedule
 from reverie.diffusion.times import ImportanceTimes, LogNormalTimes, TimeSampler, UniformTimes
-from reverie.training.config import FIXED, TrainConfig
+from reverie.training.config import FEW_STEPS, FIXED, TrainConfig
+from reverie.training.few_step import few_step_times, make_few_step
 
 
 def make_times(config: TrainConfig, schedule: Schedule) -> TimeSampler:
     """Return the distribution of training times."""
+    if config.objective in FEW_STEPS and "times" not in config.model_fields_set:
+        return few_step_times(config, schedule)
     if config.times == "log-normal":
         return LogNormalTimes(schedule)
     if config.times == "importance":
@@ -28,8 +32,16 @@ def importance_bins(schedule: Schedule) -> int:
     return next(bins for bins in range(min(100, timesteps), 0, -1) if timesteps % bins == 0)
 
 
-def make_objective(config: TrainConfig) -> Objective:
-    """Return the objective; L_simple is in the space of what the network predicts."""
+def make_objective(config: TrainConfig, teacher: Denoiser | None = None, target: Denoiser | None = None) -> Objective:
+    """Return the objective; L_simple is in the space of what the network predicts.
+
+    Arguments:
+        config: The run's configuration.
+        teacher: What an objective of few steps learns from, where it has a teacher.
+        target: What makes a consistency objective's target, where that is not the network itself.
+    """
+    if config.objective in FEW_STEPS:
+        return make_few_step(config, teacher, target)
     simple = Simple(config.prediction, config.distance, config.weight)
     if config.objective == "hybrid":
         return Hybrid(simple)

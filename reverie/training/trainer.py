@@ -34,6 +34,7 @@ from reverie.models.model import Model
 from reverie.training.conditions import Conditions
 from reverie.training.config import TrainConfig
 from reverie.training.ema import EMA
+from reverie.training.few_step import make_target, read_teacher, start_from
 from reverie.training.metrics import Console, MetricsLog, Stream, imported, open_trackers
 from reverie.training.optimizers import flatten_optimizer, restore_optimizer
 from reverie.training.plan import make_plan
@@ -134,7 +135,8 @@ class Run:
         for line in changes:
             self.say(line)
         self.dataset = self.open_data()
-        self.plan = make_plan(self.config, self.dataset)
+        self.teacher = read_teacher(self.config)
+        self.plan = make_plan(self.config, self.dataset, self.teacher)
         self.conditions = Conditions(self.plan.card, self.dataset)
         self.progress = Progress()
         self.saved_at = -1
@@ -162,6 +164,9 @@ class Run:
         plan, config = self.plan, self.config
         with seeded(True, config.seed, "weights"):
             denoiser = build(plan.card)
+        if self.teacher:
+            start_from(denoiser.network, self.teacher)
+            self.teacher.to(plan.device)
         denoiser.dtype = plan.dtype
         self.network = denoiser.network.to(plan.device).to(memory_format=self.layout).train()  # type: ignore[call-overload]
         if config.checkpointing:
@@ -186,7 +191,10 @@ class Run:
             weight_decay=config.weight_decay, fused=True,
         )  # fmt: skip
         times = make_times(config, self.denoiser.schedule)
-        self.update = Update(self.denoiser, make_objective(config), times, optimizer, config, plan.learning_rate)
+        self.target = make_target(config, self.denoiser, self.network)
+        teacher = self.teacher.denoiser if self.teacher else None
+        objective = make_objective(config, teacher, self.target.denoiser if self.target else None)
+        self.update = Update(self.denoiser, objective, times, optimizer, config, plan.learning_rate)
         self.store = CheckpointStore(self.folder / "checkpoints", keep=config.keep)
         self.batches = Batches(
             self.dataset, config.batch_size, config.seed, indices=self.train_indices, flip=config.flip,
@@ -301,6 +309,8 @@ class Run:
         progress.bad_in_a_row = 0
         for ema in self.emas:
             ema.update(progress.updates)
+        if self.target:
+            self.target.average.update(progress.updates)
         progress.updates += 1
         return report
 
@@ -373,7 +383,7 @@ class Run:
 
     def validate(self) -> None:
         """Write the held-out loss of the averaged weights, per noise level."""
-        if not self.config.validate_every or not self.held_out:
+        if not self.config.validate_every or not self.held_out or not self.update.objective.denoises:
             return
         with self.averaged():
             levels = held_out_loss(
@@ -393,10 +403,12 @@ class Run:
         config, path = self.config, preview_path(self.folder, self.progress.step)
         if not config.sample_every:
             return
+        few = not self.update.objective.denoises
+        taken = self.plan.card.sampling.steps if few else config.sample_steps
         try:
             with self.averaged():
                 count = config.sample_count
-                picture = preview(self.model, count, config.sample_steps, config.seed, self.prompts(count))
+                picture = preview(self.model, count, taken, config.seed, self.prompts(count))
             path.parent.mkdir(exist_ok=True)
             write_file(path, png_bytes(picture))
             self.log.trackers.picture(self.progress.step, "samples", to_tensor(picture))
@@ -442,6 +454,7 @@ class Run:
         tensors, record = flatten_optimizer(self.update.optimizer, self.network.named_parameters())
         groups = {"model": self.network.state_dict(), "optimizer": tensors, "times": self.update.times.state()}
         groups |= {ema.name: ema.state() for ema in self.emas}
+        groups |= {"target": self.target.average.state()} if self.target else {}
         config = self.config.model_dump_json(exclude_unset=True)
         return {name: group for name, group in groups.items() if group}, {
             "progress": asdict(self.progress),
@@ -489,6 +502,8 @@ class Run:
         check_tensors(self.network.state_dict(), weights, str(checkpoint.path))
         for ema in self.emas:
             ema.load(checkpoint.tensors(ema.name), str(checkpoint.path))
+        if self.target:
+            self.target.average.load(checkpoint.tensors("target"), str(checkpoint.path))
         self.network.load_state_dict(weights)
         restore_optimizer(
             self.update.optimizer, self.network.named_parameters(), checkpoint.tensors("optimizer"), record["optimizer"]

@@ -135,6 +135,7 @@ class Update:
         """Make step number `step` (from 0) on these examples, or skip it."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.rate(step, self.rate)
+        self.objective.begin(step)
         losses = self.backward(examples, step)
         norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm))
         loss = float((losses * examples.factor).mean())
@@ -153,7 +154,7 @@ class Update:
         losses = []
         for i in range(self.config.accumulate):
             part = examples.part(slice(i * size, (i + 1) * size))
-            with seeded(self.config.dropout > 0, self.config.seed, "dropout", step, i):
+            with seeded(self.config.dropout > 0 or self.objective.draws, self.config.seed, "dropout", step, i):
                 loss = self.objective(self.denoiser, part.x0, part.t, part.eps, part.condition)
             ((loss * part.factor).sum() / len(examples.x0)).backward()
             losses.append(loss.detach())
