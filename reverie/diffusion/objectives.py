@@ -16,7 +16,7 @@ from typing import Literal
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from reverie.base.errors import UsageError
@@ -47,12 +47,14 @@ def distance(kind: Distance, difference: Data, width: float) -> Data:
 class Objective(ABC):
     """A loss for each sample, given the noise and the times.
 
-    `draws` says whether it draws from torch's own generators, which the trainer then seeds for each step, and
-    `denoises` whether what it trains is a denoiser, whose data estimate is the posterior mean.
+    `draws` says whether it draws from torch's own generators, which the trainer then seeds for each step, `denoises`
+    whether what it trains is a denoiser, whose data estimate is the posterior mean, and `learned` is a network of the
+    objective's own that is trained along with the denoiser's.
     """
 
     draws: bool = False
     denoises: bool = True
+    learned: nn.Module | None = None
 
     def begin(self, step: int) -> None:  # noqa: B027 - most know no steps
         """Take note of the step (from 0) that comes next: what a curriculum or a warm-up goes by."""

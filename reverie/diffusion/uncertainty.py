@@ -43,7 +43,12 @@ class Weighed(Objective):
     """
 
     def __init__(self, objective: Objective, uncertainty: nn.Module) -> None:
-        self.objective, self.learned = objective, uncertainty
+        self.objective, self.uncertainty = objective, uncertainty
+        self.learned = uncertainty
+        self.draws, self.denoises = objective.draws, objective.denoises
+
+    def begin(self, step: int) -> None:
+        self.objective.begin(step)
 
     def __call__(
         self, denoiser: Denoiser, x0: Data, t: Times, eps: Data, condition: Condition | None = None
@@ -51,5 +56,5 @@ class Weighed(Objective):
         loss = self.objective(denoiser, x0, t, eps, condition)
         if denoiser.schedule.zero_terminal_snr:
             raise UsageError("the uncertainty's clock has no end on a schedule that ends at zero signal; use edm or vp")
-        u = self.learned(EDMOutput().clock(denoiser.schedule, t).to(loss)).to(loss)
+        u = self.uncertainty(EDMOutput().clock(denoiser.schedule, t).to(loss)).to(loss)
         return loss * (-u).exp() + u

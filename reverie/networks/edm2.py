@@ -70,7 +70,7 @@ class EDM2Config(BaseModel):
     attention: Annotated[tuple[bool, ...], Field(max_length=8)] = ()
     """Which levels attend; the lower half of them, unless said otherwise. The first block at the bottom always does."""
     head_dim: Width = 64
-    """Channels of an attention head; a level with fewer has one head."""
+    """Least channels of an attention head; a level has as many heads as that allows and its channels divide by."""
     noise_channels: Width | None = None
     """Fourier features of the clock; the first level's channels, unless said otherwise."""
     emb_channels: Width | None = None
@@ -99,14 +99,11 @@ class EDM2Config(BaseModel):
             self.__dict__["attention"] = tuple(level >= levels // 2 for level in range(levels))
         if len(self.attention) != levels:
             raise ValueError(f"attention names {len(self.attention)} levels, channels {levels}")
-        for channels, attends in zip(self.channels, [*self.attention[:-1], True], strict=True):
-            if attends and channels % self.heads(channels):
-                raise ValueError(f"head_dim {self.head_dim} does not divide the {channels} channels of a level")
         return self
 
     def heads(self, channels: int) -> int:
         """Return the number of attention heads of so many channels."""
-        return -(-channels // self.head_dim)
+        return next(n for n in range(max(1, channels // self.head_dim), 0, -1) if channels % n == 0)
 
     @property
     def embedding(self) -> int:

@@ -53,7 +53,12 @@ class TrainConfig(BaseModel):
     minutes: float | None = option("length", None, "stop after so many minutes of training", gt=0)
     seed: int = option("length", 0, "what all randomness is a function of", ge=0, le=2**63 - 1)
 
-    preset: Literal["auto", "tiny", "small", "base", "large"] = option("network", "auto", "size of the U-Net")
+    network: Literal["unet", "edm2"] = option(
+        "network", "unet", "unet, or edm2, whose layers keep magnitudes: with EDM's noise, output, times and averages"
+    )
+    preset: Literal["auto", "tiny", "small", "base", "large", "xs", "s", "m", "l", "xl", "xxl"] = option(
+        "network", "auto", "size of the network; xs to xxl are the EDM2 paper's"
+    )
     widths: tuple[Annotated[int, Field(ge=1, le=16384)], ...] | None = option(
         "network", None, "channels of each level, comma-separated; from the preset", min_length=1, max_length=8
     )
@@ -75,6 +80,9 @@ class TrainConfig(BaseModel):
     distance: Literal["l2", "l1", "huber"] = option("diffusion", "l2", "distance in L_simple")
     weight: str = option("diffusion", "uniform", "weight of the noise levels in L_simple: " + ", ".join(weights))
     times: Literal["uniform", "log-normal", "importance"] = option("diffusion", "uniform", "which times are trained on")
+    time_mean: float | None = option("diffusion", None, "log-normal's mean; -1.2, latents -0.4", ge=-20, le=20)
+    time_std: float | None = option("diffusion", None, "log-normal's standard deviation; 1.2, latents 1", gt=0, le=20)
+    uncertainty: bool = option("diffusion", False, "learn how much each noise level counts")
     label_dropout: float = option("diffusion", 0.1, "share of labels or captions hidden, for guidance", ge=0, le=1)
 
     teacher: str | None = option("few steps", None, "a model to begin as and to learn from, for few steps")
@@ -88,7 +96,12 @@ class TrainConfig(BaseModel):
     accumulate: int = option("optimiser", 1, "parts that a step's batch is worked through in", ge=1, le=100_000)
     learning_rate: float | None = option("optimiser", None, "Adam's step size; from the preset", gt=0)
     warmup: int = option("optimiser", 100, "steps over which the learning rate rises", ge=0)
-    decay: Literal["constant", "cosine"] = option("optimiser", "constant", "learning rate after the warm-up")
+    decay: Literal["constant", "cosine", "inverse-sqrt"] = option(
+        "optimiser", "constant", "learning rate after the warm-up"
+    )
+    decay_after: int | None = option(
+        "optimiser", None, "steps before inverse-sqrt sets in; a fifteenth of the run's, or 2000", ge=1
+    )
     weight_decay: float = option("optimiser", 0.0, "AdamW's weight decay", ge=0)
     beta2: float = option("optimiser", 0.99, "Adam's second moment", gt=0, lt=1)
     clip_norm: float = option("optimiser", 1.0, "largest norm of the gradient", gt=0)
@@ -96,6 +109,9 @@ class TrainConfig(BaseModel):
     max_bad_steps: int = option("optimiser", 10, "end the run after so many skipped steps in a row", ge=1)
     ema: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = option(
         "optimiser", (0.999,), "decays of the averaged weights; the first is sampled", min_length=1, max_length=8
+    )
+    ema_lengths: tuple[Annotated[float, Field(gt=0, lt=0.2886)], ...] = option(
+        "optimiser", (), "averages over these shares of the run, of which reverie ema makes others", max_length=4
     )
 
     device: str = option("machine", "auto", "auto, cpu, cuda or cuda:N")
@@ -109,12 +125,23 @@ class TrainConfig(BaseModel):
 
     save_every: int = option("reports", 500, "steps between checkpoints", ge=1)
     keep: int = option("reports", 3, "checkpoints kept, at least 2", ge=2)
+    snapshot_every: int | None = option(
+        "reports", None, "steps between snapshots of ema_lengths; a 32nd of the run's, or save_every", ge=1
+    )
     sample_every: int = option("reports", 500, "steps between sample grids; 0 for none", ge=0)
     sample_steps: int = option("reports", 25, "steps that the samples take", ge=1)
     sample_count: int = option("reports", 64, "images in a sample grid", ge=1, le=1024)
     validate_every: int = option("reports", 500, "steps between held-out losses; 0 for none", ge=0)
     log_every: int = option("reports", 10, "steps between lines of metrics.jsonl", ge=1)
     track: tuple[Literal["tensorboard", "wandb"], ...] = option("reports", (), "trackers beside metrics.jsonl")
+
+    @model_validator(mode="after")
+    def settle(self) -> "TrainConfig":
+        """Take what goes with the network, where nothing else is said."""
+        if self.network == "edm2":
+            usual = EDM2 if self.objective == "simple" else EDM2 | {"uncertainty": False}
+            self.__dict__.update({name: value for name, value in usual.items() if name not in self.model_fields_set})
+        return self
 
     @model_validator(mode="after")
     def check(self) -> "TrainConfig":
@@ -141,6 +168,16 @@ class TrainConfig(BaseModel):
         if self.captions and self.labels and "labels" in self.model_fields_set:
             yield "captions and labels are one or the other; leave labels out"
         yield from self.without_effect()
+        if self.network == "edm2" and (self.time_scale_shift or self.captions):
+            yield "time_scale_shift and captions are the U-Net's; edm2 has neither"
+        if self.network == "unet" and self.preset in ("xs", "s", "m", "l", "xl", "xxl"):
+            yield f"preset {self.preset} is edm2's; the U-Net's are tiny, small, base and large"
+        if self.times != "log-normal" and not (self.time_mean is None and self.time_std is None):
+            yield f"time_mean and time_std belong to times log-normal, not to {self.times}"
+        if self.decay != "inverse-sqrt" and self.decay_after is not None:
+            yield f"decay_after belongs to decay inverse-sqrt, not to {self.decay}"
+        if self.snapshot_every is not None and not self.ema_lengths:
+            yield "snapshot_every needs ema_lengths: there is nothing else to take snapshots of"
         if self.attention and self.widths and len(self.attention) != len(self.widths):
             yield f"attention names {len(self.attention)} levels, widths {len(self.widths)}"
         for field, registry in (("schedule", schedules), ("prediction", predictions), ("weight", weights)):
@@ -168,9 +205,22 @@ class TrainConfig(BaseModel):
         """The steps after which the run ends; None where the minutes decide."""
         return 2000 if self.steps is None and self.minutes is None else self.steps
 
+    @property
+    def decays(self) -> tuple[float, ...]:
+        """The decays of the averages of fixed length: none where there are others and these were not asked for."""
+        return () if self.ema_lengths and "ema" not in self.model_fields_set else self.ema
+
+    def snapshot_due(self, step: int) -> bool:
+        """Return whether a snapshot is to be taken after so many steps."""
+        every = self.snapshot_every or (max(1, self.total_steps // 32) if self.total_steps else self.save_every)
+        return bool(self.ema_lengths) and step % every == 0
+
     def rate(self, step: int, base: float) -> float:
-        """Return the learning rate of a step (counted from 0): warm-up, then constant or a half cosine."""
+        """Return the learning rate of a step (counted from 0): warm-up, then constant, 1/sqrt or a half cosine."""
         rise = min(1.0, (step + 1) / (self.warmup + 1))
+        if self.decay == "inverse-sqrt":
+            after = self.decay_after or (max(1, self.total_steps // 15) if self.total_steps else 2000)
+            return base * rise / math.sqrt(max(1.0, step / after))
         if self.decay == "constant" or self.steps is None:
             return base * rise
         return base * rise * 0.5 * (1 + math.cos(math.pi * min(1.0, step / self.steps)))
@@ -185,9 +235,16 @@ TEACHERS = (
     "prediction",
 )  # fmt: skip
 
+# What edm2 is trained with, as in its paper, where nothing else is said.
+EDM2: dict[str, Any] = {
+    "schedule": "edm", "prediction": "edm", "times": "log-normal", "uncertainty": True, "decay": "inverse-sqrt",
+    "ema_lengths": (0.1, 0.05),
+}  # fmt: skip
+
 # What a resumed run may not change: it would no longer be the same run.
 FIXED = (
     "data", "size", "channels", "labels", "captions", "flip", "limit", "held_out", "seed", "preset", "widths", "layers",
+    "network", "time_mean", "time_std", "uncertainty", "ema_lengths",
     "attention", "head_dim", "dropout", "time_scale_shift", "schedule", "timesteps", "zero_snr", "prediction",
     "learned_variance", "objective", "distance", "weight", "times", "label_dropout", "batch_size", "accumulate", "ema",
     "target_decay",

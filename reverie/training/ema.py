@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from reverie.base.errors import UsageError
 from reverie.models.checkpoints import check_tensors
+from reverie.training.config import TrainConfig
 from reverie.training.power import exponent_of
 
 # Models that hold an average at the moment: what is taken from them now is not their own weights.
@@ -201,6 +202,12 @@ class PowerEMA(EMA):
     def decay_at(self, step: int) -> float:
         """Return beta of power.py's (1) for the step that t others came before: 0 for the first."""
         return (1 - 1 / (step + 1)) ** (self.exponent + 1)
+
+
+def make_averages(config: TrainConfig, model: nn.Module) -> list[EMA]:
+    """Return the averages that a run keeps of its network, the one that is sampled first."""
+    lengths: list[EMA] = [PowerEMA(model, length) for length in config.ema_lengths]
+    return [*lengths, *(EMA(model, decay) for decay in config.decays)]
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from reverie.data.words import make_vocabulary
 from reverie.diffusion.registry import schedules
 from reverie.models.card import Card, DataRecord, NetworkSpec, SamplingDefaults, ScheduleSpec, WordsSpec
 from reverie.models.model import Model
+from reverie.networks.edm2 import RATES, SIZES
 from reverie.training.config import FEW_STEPS, TrainConfig
 from reverie.training.few_step import RATE, SAMPLING, student_card
 
@@ -35,7 +36,17 @@ PRESETS = {
     "base": Preset(64, (1, 2, 2, 4, 4, 8), 2, 5e-4),
     "large": Preset(128, (1, 2, 2, 2, 4, 4), 2, 2e-4),
 }
+# Of EDM2's network. The paper's learning rates are for batches of 2048; those of its sizes are kept.
+EDM2_PRESETS = {
+    "tiny": Preset(16, (1, 2, 3, 4, 5, 6), 1, 1e-2),
+    "small": Preset(32, (1, 2, 3, 4, 5, 6), 1, 1e-2),
+    "base": Preset(64, (1, 2, 3, 4, 5, 6), 2, 1e-2),
+    "large": Preset(128, (1, 2, 3, 4, 5, 6), 3, 1e-2),
+    **{name: Preset(width, (1, 2, 3, 4, 5, 6), 3, RATES[name]) for name, width in SIZES.items()},
+}
 GUIDANCE = 3.0  # of a model that takes prompts, where nobody says otherwise
+EDM_SAMPLING = SamplingDefaults(sampler="heun", grid="karras", steps=32)  # as EDM2's paper does
+NETWORK_WORDS = {"edm2": "EDM2"}
 TABLES = ("linear", "scaled-linear", "cosine", "sigmoid", "sigmoid-in-beta")
 
 
@@ -67,7 +78,8 @@ class Plan:
             f"data: {data.name}, {data.count} images of {shape_words(self.card.shape)}{classes}" if data else "",
             f"images: {data.preparation}" if data and data.preparation else "",
             f"captions: {len(text.entries)} words and letters, {text.length} to a caption" if text else "",
-            f"network: U-Net, channels {network['channels']}, {network['layers']} blocks a level, "
+            f"network: {NETWORK_WORDS.get(self.card.network.name, 'U-Net')}, "
+            f"channels {network['channels']}, {network['layers']} blocks a level, "
             f"attention {network['attention']}",
             f"predicts {self.card.prediction} on the {self.card.schedule.name} schedule; {arithmetic} on {self.device}",
         ]
@@ -108,7 +120,7 @@ def make_plan(config: TrainConfig, dataset: Dataset, teacher: Model | None = Non
         return Plan(card, device, few_step_dtype(config.dtype), config.learning_rate or RATE)
     labels = config.labels and bool(dataset.classes) and not config.captions
     text = words_of(dataset) if config.captions else None
-    preset = PRESETS[choose_preset(config, device)]
+    preset = (EDM2_PRESETS if config.network == "edm2" else PRESETS)[choose_preset(config, device)]
     card = Card(
         shape=dataset.shape,
         network=network_spec(network_config(config, dataset, preset, labels), text, preset),
@@ -118,11 +130,20 @@ def make_plan(config: TrainConfig, dataset: Dataset, teacher: Model | None = Non
         classes=dataset.classes if labels else (),
         text=text,
         data=data,
-        sampling=SamplingDefaults(guidance=GUIDANCE) if text else SAMPLING.get(config.objective, SamplingDefaults()),
+        sampling=sampling_defaults(config),
         code=reverie.__version__,
     )
     dtype = few_step_dtype(config.dtype) if config.objective in FEW_STEPS else choose_dtype(config.dtype, device)
     return Plan(card, device, dtype, config.learning_rate or preset.learning_rate)
+
+
+def sampling_defaults(config: TrainConfig) -> SamplingDefaults:
+    """Return how the model is sampled where nobody says otherwise."""
+    if config.captions:
+        return SamplingDefaults(guidance=GUIDANCE)
+    if config.schedule == "edm" and config.objective == "simple":
+        return EDM_SAMPLING
+    return SAMPLING.get(config.objective, SamplingDefaults())
 
 
 def words_of(dataset: Dataset) -> WordsSpec:
@@ -144,6 +165,8 @@ def words_of(dataset: Dataset) -> WordsSpec:
 
 def network_spec(unet: dict[str, Any], text: WordsSpec | None, preset: Preset) -> NetworkSpec:
     """Return the U-Net, with an encoder of words before it where there are captions."""
+    if "sample_size" not in unet:
+        return NetworkSpec(name="edm2", config=unet)
     if text is None:
         return NetworkSpec(config=unet)
     words = {"vocabulary": len(text.entries) + 1, "length": text.length, "width": 4 * preset.width}
@@ -161,25 +184,40 @@ def choose_preset(config: TrainConfig, device: torch.device) -> str:
 
 
 def network_config(config: TrainConfig, dataset: Dataset, preset: Preset, labels: bool) -> dict:
-    """Return the U-Net's configuration: levels until 8 pixels are left, attention first where 16 or fewer are."""
+    """Return the network's configuration: levels until 8 pixels are left, attention first where 16 or fewer are."""
     channels, height, width = dataset.shape
     levels = min(6, max(2, round(math.log2(max(height, width) / 8)) + 1))
     widths = config.widths or tuple(preset.width * factor for factor in preset.growth[:levels])
-    attention = config.attention or attending(len(widths), max(height, width))
+    edm2 = config.network == "edm2"
+    attention = config.attention or (attending_all if edm2 else attending)(len(widths), max(height, width))
     if len(attention) != len(widths):
         raise UsageError(f"attention names {len(attention)} levels, but the network has {len(widths)}: {widths}")
-    return {
+    common = {
         "in_channels": channels,
         "out_channels": channels * (2 if config.learned_variance else 1),
         "channels": list(widths),
         "layers": config.layers or preset.layers,
         "attention": list(attention),
-        "head_dim": config.head_dim,
         "dropout": config.dropout,
         "num_class_embeds": len(dataset.classes) + 1 if labels else None,
+    }
+    if edm2:
+        return common | ({"head_dim": config.head_dim} if config.head_dim else {})
+    return common | {
+        "head_dim": config.head_dim,
         "resnet_time_scale_shift": "scale_shift" if config.time_scale_shift else "default",
         "sample_size": [height, width],
     }
+
+
+def attending_all(levels: int, size: int) -> tuple[bool, ...]:
+    """Return which levels of EDM2's network attend: those that have 16 pixels a side or fewer, but for the first.
+
+    Example:
+        >>> attending_all(4, 64)
+        (False, False, True, True)
+    """
+    return tuple(level > 0 and size / 2**level <= 16 for level in range(levels))
 
 
 def attending(levels: int, size: int) -> tuple[bool, ...]:
@@ -214,6 +252,8 @@ def schedule_spec(config: TrainConfig) -> ScheduleSpec:
             f"schedule {config.schedule} ends at zero signal, where {config.prediction} has no meaning; "
             "add --prediction v (or velocity, x0)"
         )
+    if schedule.zero_terminal_snr and config.uncertainty:
+        raise UsageError(f"uncertainty needs a clock that ends, as {config.schedule} has not; add --schedule edm")
     return ScheduleSpec(name=config.schedule, options=options)
 
 

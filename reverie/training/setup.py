@@ -20,7 +20,7 @@ def make_times(config: TrainConfig, schedule: Schedule) -> TimeSampler:
     if config.objective in FEW_STEPS and "times" not in config.model_fields_set:
         return few_step_times(config, schedule)
     if config.times == "log-normal":
-        return LogNormalTimes(schedule)
+        return LogNormalTimes(schedule, -1.2 if config.time_mean is None else config.time_mean, config.time_std or 1.2)
     if config.times == "importance":
         return ImportanceTimes(schedule, bins=importance_bins(schedule))
     return UniformTimes(schedule)

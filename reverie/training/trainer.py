@@ -31,9 +31,10 @@ from reverie.models.card import Card, TrainingRecord, read_card
 from reverie.models.checkpoints import Checkpoint, CheckpointStore, check_tensors
 from reverie.models.formats import write_model
 from reverie.models.model import Model
+from reverie.networks.edm2_layers import Uncertainty
 from reverie.training.conditions import Conditions
 from reverie.training.config import TrainConfig
-from reverie.training.ema import EMA
+from reverie.training.ema import PowerEMA, make_averages
 from reverie.training.few_step import make_target, read_teacher, start_from
 from reverie.training.metrics import Console, MetricsLog, Stream, imported, open_trackers
 from reverie.training.optimizers import flatten_optimizer, restore_optimizer
@@ -41,6 +42,7 @@ from reverie.training.plan import make_plan
 from reverie.training.previews import png_bytes, preview, preview_path, to_tensor
 from reverie.training.setup import make_objective, make_times, merge
 from reverie.training.signals import StopRequest
+from reverie.training.snapshots import write_snapshot
 from reverie.training.update import Examples, StepReport, Update, draw_examples, on_device, seeded
 from reverie.training.validation import held_out_loss
 
@@ -185,7 +187,7 @@ class Run:
         for tracker in config.track:
             imported(tracker)  # refused now, before anything is made
         self.train_indices, self.held_out = split(len(self.dataset), share, config.seed)
-        self.emas = [EMA(self.network, decay) for decay in config.ema]
+        self.emas = make_averages(config, self.network)
         optimizer = AdamW(
             self.network.parameters(), lr=plan.learning_rate, betas=(0.9, config.beta2),
             weight_decay=config.weight_decay, fused=True,
@@ -195,6 +197,9 @@ class Run:
         teacher = self.teacher.denoiser if self.teacher else None
         objective = make_objective(config, teacher, self.target.denoiser if self.target else None)
         self.update = Update(self.denoiser, objective, times, optimizer, config, plan.learning_rate)
+        if config.uncertainty:
+            with seeded(True, config.seed, "uncertainty"):
+                self.update.learn_levels(Uncertainty().to(plan.device))
         self.store = CheckpointStore(self.folder / "checkpoints", keep=config.keep)
         self.batches = Batches(
             self.dataset, config.batch_size, config.seed, indices=self.train_indices, flip=config.flip,
@@ -275,6 +280,7 @@ class Run:
     def finish(self) -> None:
         """Write the last checkpoint, loss and samples, and the model itself."""
         if self.saved_at != self.progress.step:
+            self.snapshot()
             self.validate()
             self.sample()
             self.save(last=True)
@@ -374,6 +380,8 @@ class Run:
         step, config = self.progress.step, self.config
         if self.finished() or self.stop:
             return
+        if config.snapshot_due(step):
+            self.snapshot()
         if config.validate_every and step % config.validate_every == 0:
             self.validate()
         if config.sample_every and step % config.sample_every == 0:
@@ -432,6 +440,16 @@ class Run:
             finally:
                 self.network.train()
 
+    def snapshot(self) -> None:
+        """Keep the averages whose length is a share of the run, for lengths that are wished for later."""
+        for ema in self.emas:
+            if not isinstance(ema, PowerEMA) or not self.progress.updates:
+                continue
+            try:
+                write_snapshot(self.folder, ema, self.progress.updates)
+            except StorageError as error:
+                self.say(f"no snapshot at step {self.progress.step}: {error}")
+
     # Checkpoints ----------------------------------------------------------------------------------
 
     def save(self, last: bool = False) -> None:
@@ -451,8 +469,10 @@ class Run:
 
     def state(self) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, Any]]:
         """Return the run's state: tensors by group, and a record of everything else."""
-        tensors, record = flatten_optimizer(self.update.optimizer, self.network.named_parameters())
+        objective = self.update.objective
+        tensors, record = flatten_optimizer(self.update.optimizer, self.update.named_weights(self.network))
         groups = {"model": self.network.state_dict(), "optimizer": tensors, "times": self.update.times.state()}
+        groups["objective"] = objective.learned.state_dict() if objective.learned else {}
         groups |= {ema.name: ema.state() for ema in self.emas}
         groups |= {"target": self.target.average.state()} if self.target else {}
         config = self.config.model_dump_json(exclude_unset=True)
@@ -505,8 +525,16 @@ class Run:
         if self.target:
             self.target.average.load(checkpoint.tensors("target"), str(checkpoint.path))
         self.network.load_state_dict(weights)
+        objective = self.update.objective
+        if objective.learned is not None:
+            learned = checkpoint.tensors("objective")
+            check_tensors(objective.learned.state_dict(), learned, str(checkpoint.path))
+            objective.learned.load_state_dict(learned)
         restore_optimizer(
-            self.update.optimizer, self.network.named_parameters(), checkpoint.tensors("optimizer"), record["optimizer"]
+            self.update.optimizer,
+            self.update.named_weights(self.network),
+            checkpoint.tensors("optimizer"),
+            record["optimizer"],
         )
         if "times" in checkpoint.groups:
             self.update.times.load(checkpoint.tensors("times"))

@@ -17,6 +17,7 @@ from reverie.base.randomness import normal, torch_seed, uniform
 from reverie.diffusion.denoisers import Denoiser
 from reverie.diffusion.objectives import Objective
 from reverie.diffusion.times import TimeSampler
+from reverie.diffusion.uncertainty import Weighed
 from reverie.models.conditioning import Told
 from reverie.training.config import TrainConfig
 
@@ -111,7 +112,7 @@ class Update:
         denoiser: What is trained.
         objective: Its loss.
         times: Where the times came from; it learns from the losses.
-        optimizer: AdamW over the denoiser's parameters.
+        optimizer: AdamW over the denoiser's parameters, and over those that the objective learns.
         config: The run's configuration.
         rate: The learning rate after warm-up.
         mean_norm: The running mean of the gradient's norm.
@@ -127,9 +128,13 @@ class Update:
     mean_norm: float = 0.0
     counted: int = 0
     parameters: list[nn.Parameter] = field(init=False)
+    kept: list[nn.Module] = field(init=False)  # those that put their weights right after each update
 
     def __post_init__(self) -> None:
-        self.parameters = [p for p in self.denoiser.parameters() if p.requires_grad]
+        trained = [self.denoiser, *([self.objective.learned] if self.objective.learned else [])]
+        self.parameters = [p for part in trained for p in part.parameters() if p.requires_grad]
+        modules = [module for part in trained for module in part.modules()]
+        self.kept = [module for module in modules if hasattr(module, "after_update")]
 
     def __call__(self, examples: Examples, step: int) -> StepReport:
         """Make step number `step` (from 0) on these examples, or skip it."""
@@ -142,11 +147,24 @@ class Update:
         skipped = self.doubt(loss, norm)
         if not skipped:
             self.optimizer.step()
+            for module in self.kept:
+                module.after_update()  # type: ignore[operator]
             self.times.learn(examples.t, losses)
             self.mean_norm = norm if self.counted == 0 else MEMORY * self.mean_norm + (1 - MEMORY) * norm
             self.counted += 1
         self.optimizer.zero_grad(set_to_none=True)
         return StepReport(loss, norm, skipped)
+
+    def learn_levels(self, uncertainty: nn.Module) -> None:
+        """Learn from now on how much each noise level counts, too."""
+        self.objective = Weighed(self.objective, uncertainty)
+        self.optimizer.add_param_group({"params": list(uncertainty.parameters())})
+        self.__post_init__()
+
+    def named_weights(self, network: nn.Module) -> list[tuple[str, nn.Parameter]]:
+        """Return what is trained, by name: a network's weights, and those of the objective's own."""
+        own = self.objective.learned.named_parameters() if self.objective.learned else ()
+        return [*network.named_parameters(), *((f"objective/{name}", weight) for name, weight in own)]
 
     def backward(self, examples: Examples, step: int) -> Tensor:
         """Accumulate the gradient part by part; return the losses (B,)."""
