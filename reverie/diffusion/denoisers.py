@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from reverie.base.errors import UsageError
 from reverie.diffusion.predictions import Data, Prediction, per_sample
@@ -119,7 +120,7 @@ class NetworkDenoiser(Denoiser):
 
     def known(self, t: Times, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """Return alpha, sigma and the network's clock at times t (B,): remembered, for samplers ask the same again."""
-        if t.device.type != "cpu" or t.requires_grad:
+        if t.device.type != "cpu" or t.requires_grad or forward_ad.unpack_dual(t).tangent is not None:
             return self.look(t, dtype)
         key = (*t.tolist(), dtype, self.prediction, self.schedule)
         if key not in self._known:

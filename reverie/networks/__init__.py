@@ -14,6 +14,7 @@ asks for. What that tensor means (noise, data, velocity, a variance beside it) i
 | `edm2_layers.py` | layers that keep magnitudes: the operators of EDM2 |
 | `edm2.py` | `EDM2` |
 | `mlp.py` | `MLP`, for points |
+| `numbered.py` | either, told further numbers beside its time |
 
 Each network class names its config class as `Config`, so that `networks[name](networks[name].Config(...))`
 builds any of them.
@@ -35,6 +36,7 @@ networks = Registry(
         "tiny-autoencoder": "reverie.networks.tiny_autoencoder:TinyAutoencoder",
         "edm2": "reverie.networks.edm2:EDM2",
         "mlp": "reverie.networks.mlp:MLP",
+        "numbered": "reverie.networks.numbered:Numbered",
     },
 )
 

@@ -39,6 +39,8 @@ class MLPConfig(BaseModel):
     times of about 1."""
     num_class_embeds: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
     """Rows of the class embedding; a label is one of 0 .. num_class_embeds - 1."""
+    time_cond_proj_dim: Annotated[int, Field(ge=1, le=65536)] | None = None
+    """Channels of a vector that is projected and added to the features of the time."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout within the residual blocks."""
     act_fn: Literal["silu", "swish", "mish", "gelu", "relu"] = "silu"
@@ -88,7 +90,7 @@ class MLP(nn.Module):
         self.act = ACTIVATIONS[config.act_fn]
         fourier = config.time_features == "fourier"
         self.time_proj = Fourier(64, scale=1.0, log=False) if fourier else Sinusoids(width)
-        self.time_embedding = TimeEmbedding(128 if fourier else width, width)
+        self.time_embedding = TimeEmbedding(128 if fourier else width, width, cond_dim=config.time_cond_proj_dim)
         self.class_embedding = None
         if config.num_class_embeds is not None:
             self.class_embedding = nn.Embedding(config.num_class_embeds, width)
@@ -98,15 +100,28 @@ class MLP(nn.Module):
         self.linear_out = zeroed(Linear(width, config.out_channels))
 
     def forward(
-        self, x: Float[Tensor, "b d"], time: Real[Tensor, " b"], label: Int[Tensor, " b"] | None = None
+        self,
+        x: Float[Tensor, "b d"],
+        time: Real[Tensor, " b"],
+        label: Int[Tensor, " b"] | None = None,
+        time_cond: Float[Tensor, "b e"] | None = None,
     ) -> Float[Tensor, "b out"]:
         """Return one point for each of the points x (B, D), at their times (B,), of their classes (B,).
+
+        Arguments:
+            x: The points (B, D).
+            time: One time for each (B,).
+            label: One class for each (B,), where the config has classes.
+            time_cond: A vector that joins the time (B, E), where the config has time_cond_proj_dim.
 
         Raises:
             UsageError: Something is missing, is not wanted, or has the wrong shape.
         """
         self._check(x, time, label)
-        emb = self.time_embedding(self.time_proj(time))
+        due = self.config.time_cond_proj_dim
+        if (None if time_cond is None else tuple(time_cond.shape)) != (None if due is None else (len(x), due)):
+            raise UsageError(f"time_cond must be {'left out' if due is None else (len(x), due)} for this network")
+        emb = self.time_embedding(self.time_proj(time), time_cond)
         if label is not None and self.class_embedding is not None:
             emb = emb + self.class_embedding(checked(label, self.class_embedding, "label"))
         emb = self.act(emb)

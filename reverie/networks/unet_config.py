@@ -267,7 +267,6 @@ class UNetConfig(BaseModel):
             self.addition_embed_type,
             self.addition_time_embed_dim,
             self.projection_class_embeddings_input_dim,
-            self.time_cond_proj_dim,
             self.upcast_attention or None,
         )
         for wrong, problem in (
@@ -284,8 +283,8 @@ class UNetConfig(BaseModel):
             (self.context_dim and self.time_embedding_type != "positional", "context_dim goes with positional time"),
             (
                 any(added) and self.context_dim is None,
-                "addition_embed_type, addition_time_embed_dim, projection_class_embeddings_input_dim, "
-                "time_cond_proj_dim and upcast_attention need context_dim",
+                "addition_embed_type, addition_time_embed_dim, projection_class_embeddings_input_dim and "
+                "upcast_attention need context_dim",
             ),
             (
                 len({value is None for value in added[:3]}) > 1,
@@ -567,6 +566,8 @@ def _write(config: UNetConfig) -> dict[str, Any]:
     theirs = {"_class_name": kind} | {name: getattr(config, RENAMED.get(name, name)) for name in names}
     theirs |= {"down_block_types": config.down_types, "up_block_types": config.up_types}
     if kind == "UNet2DModel":
+        if config.time_cond_proj_dim is not None:
+            raise UsageError("time_cond_proj_dim without context_dim is nothing that diffusers' UNet2DModel can say")
         theirs["mid_block_type"] = None if config.middle == "none" else "UNetMidBlock2D"
         theirs["add_attention"] = config.middle == "attention"
         theirs["attention_head_dim"] = _head_dim(config)

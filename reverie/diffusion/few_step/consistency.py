@@ -53,7 +53,7 @@ def karras_levels(schedule: Schedule, count: int, boundary: float = 0.0, rho: fl
     Example:
         >>> from reverie.diffusion.schedules import EDM
         >>> [round(s, 2) for s in karras_levels(EDM(), 4).tolist()]
-        [0.0, 0.97, 17.53, 80.0]
+        [0.0, 0.47, 9.72, 80.0]
     """
     ends = noise_ratio(schedule, torch.tensor([schedule.t_min, 1.0], dtype=torch.float64)).clamp(max=HIGHEST)
     low, high = (ends ** (1 / rho)).tolist()
