@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from reverie.networks.layers import GroupNorm, Image, Linear, Resized, SizeOf, attention, linear, zeroed
+from reverie.kernels import attention, linear, self_attention
+from reverie.networks.layers import GroupNorm, Image, Linear, Resized, SizeOf, zeroed
 
 Tokens = Float[Tensor, "b n c"]
 
@@ -59,17 +60,15 @@ class Attention(nn.Module):
     def forward(self, x: Tokens, context: Float[Tensor, "b l d"] | None = None) -> Tokens:
         """Return what the tokens see in the context, or in themselves."""
         if context is None:
-            q, k, v = self._fused(x)
-        else:
-            q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
-        return self.to_out[0](attention(q, k, v, self.heads))
+            return self.to_out[0](self_attention(self._fused(x), self.heads))
+        return self.to_out[0](attention(self.to_q(x), self.to_k(context), self.to_v(context), self.heads))
 
-    def _fused(self, x: Tokens) -> tuple[Tensor, ...]:
-        """Return queries, keys and values of the same tokens, which are read once."""
+    def _fused(self, x: Tokens) -> Float[Tensor, "b n qkv"]:
+        """Return queries, keys and values of the same tokens, which are read once, side by side."""
         parts = self.to_q, self.to_k, self.to_v
         weight = torch.cat([part.weight for part in parts])
         bias = None if self.to_q.bias is None else torch.cat([part.bias for part in parts])
-        return linear(x, weight, bias).chunk(3, -1)
+        return linear(x, weight, bias)
 
 
 class SpatialAttention(Attention):

@@ -1,12 +1,11 @@
-r"""The operators that networks are made of, each in one place, and the layers made of them.
+r"""The layers that networks are made of, on the operators of `reverie.kernels`, each in one place.
 
     group_norm:  y = act((x - mean_g) / sqrt(var_g + eps) * weight + bias),    or, with a scale and a shift,
                  y = act(((x - mean_g) / ... + bias) * (1 + scale) + shift)                                 (1)
     linear:      y = x W^T + b                                                                              (2)
     attention:   y = softmax(q k^T / sqrt(D)) v, for each head of width D                                   (3)
 
-A faster operator replaces the body of one of these three functions, and nothing else. They keep the
-layout of what they are given: images in channels-last stay so, without a copy.
+They keep the layout of what they are given: images in channels-last stay so, without a copy.
 
 References:
     Denoising Diffusion Probabilistic Models (Ho et al., 2020), appendix B
@@ -24,14 +23,9 @@ from jaxtyping import Float, Real
 from torch import Tensor, nn
 
 from reverie.base.errors import UsageError
+from reverie.kernels import ACTIVATIONS, attention, group_norm, linear, self_attention
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "swish": F.silu,
-    "mish": F.mish,
-    "gelu": F.gelu,
-    "relu": F.relu,
-}
+__all__ = ["ACTIVATIONS", "attention", "group_norm", "linear", "self_attention"]
 
 Image = Float[Tensor, "b c h w"]
 Resized = Float[Tensor, "b c h2 w2"]
@@ -39,79 +33,21 @@ SizeOf = Float[Tensor, "b _ h2 w2"]  # an image of which only the size is looked
 AnyImage = Float[Tensor, "b _ _ _"]
 Resample = Callable[[Tensor], Tensor]
 
-# Operators ------------------------------------------------------------------------------------
-
-
-def group_norm(
-    x: Float[Tensor, "b c ..."],
-    groups: int,
-    weight: Float[Tensor, " c"],
-    bias: Float[Tensor, " c"],
-    eps: float,
-    act: str | None = None,
-    scale: Float[Tensor, "b c ..."] | None = None,
-    shift: Float[Tensor, "b c ..."] | None = None,
-) -> Float[Tensor, "b c ..."]:
-    """Normalise each group of channels, scale and shift, and apply the activation: equation (1).
-
-    Arguments:
-        act: A name of `ACTIVATIONS`, or None.
-        scale: What the normalised x is multiplied by, less one; it comes with a shift.
-        shift: What is added then.
-    """
-    dtype = x.dtype
-    if slow_backward(x):
-        x, weight, bias = x.float(), weight.float(), bias.float()
-    # torch.group_norm is F.group_norm without its check for one value in a group, which a 1x1 image may have.
-    y = torch.group_norm(x, groups, weight, bias, eps).to(dtype)
-    if scale is not None and shift is not None:
-        y = torch.addcmul(shift, y, 1 + scale)
-    return ACTIVATIONS[act](y) if act else y
-
-
-def slow_backward(x: Tensor) -> bool:
-    """Whether an operator had better compute in float32: on the CPU the backward passes of norm (in
-    channels-last) and attention take two to four times as long in bfloat16, the casts included."""
-    return x.device.type == "cpu" and x.dtype == torch.bfloat16 and x.requires_grad
-
-
-def linear(
-    x: Float[Tensor, "... i"], weight: Float[Tensor, "o i"], bias: Float[Tensor, " o"] | None = None
-) -> Float[Tensor, "... o"]:
-    """Multiply by a matrix and add a bias: equation (2)."""
-    return F.linear(x, weight, bias)
-
-
-def attention(
-    q: Float[Tensor, "b n c"], k: Float[Tensor, "b m c"], v: Float[Tensor, "b m c"], heads: int
-) -> Float[Tensor, "b n c"]:
-    """Let each of n tokens look at m tokens, with the channels cut into heads: equation (3).
-
-    PyTorch's fast kernels have no second derivative and no forward mode: a loss that needs one calls the
-    network within `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`.
-
-    Example:
-        >>> x = torch.randn(2, 5, 8)
-        >>> attention(x, x, x, heads=4).shape
-        torch.Size([2, 5, 8])
-    """
-    dtype = q.dtype
-    if slow_backward(q):
-        q, k, v = q.float(), k.float(), v.float()
-    q, k, v = (tokens.unflatten(-1, (heads, -1)).transpose(1, 2) for tokens in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2).to(dtype)
-
-
 # The operators as modules, with PyTorch's parameter names ------------------------------------------
 
 
 class GroupNorm(nn.GroupNorm):
-    """Group norm followed by an activation, with a scale and a shift where they are given."""
+    """Group norm followed by an activation, with what is added before it, a scale and a shift where they are given."""
 
     def forward(
-        self, input: Tensor, act: str | None = None, scale: Tensor | None = None, shift: Tensor | None = None
+        self,
+        input: Tensor,
+        act: str | None = None,
+        scale: Tensor | None = None,
+        shift: Tensor | None = None,
+        add: Tensor | None = None,
     ) -> Tensor:
-        return group_norm(input, self.num_groups, self.weight, self.bias, self.eps, act, scale, shift)
+        return group_norm(input, self.num_groups, self.weight, self.bias, self.eps, act, scale, shift, add)
 
 
 class Linear(nn.Linear):
@@ -348,4 +284,4 @@ class ResidualBlock(nn.Module):
         if self.time_emb_proj is None:
             return self.norm2(h, self.act)
         time = self.time_emb_proj(emb)[:, :, None, None]
-        return self.norm2(h, self.act, *time.chunk(2, 1)) if self.scale_shift else self.norm2(h + time, self.act)
+        return self.norm2(h, self.act, *time.chunk(2, 1)) if self.scale_shift else self.norm2(h, self.act, add=time)

@@ -1,0 +1,112 @@
+// Vectors of floats as wide as the target has them, by the compilers' vector extensions: no intrinsics, so that
+// one source serves AVX-512, AVX2 and whatever else there is.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+
+#if defined(__AVX512F__)
+constexpr int W = 16;       // floats in a vector
+constexpr int PANEL = 4;    // vectors side by side in a tile of a matrix product
+#elif defined(__AVX__)
+constexpr int W = 8;
+constexpr int PANEL = 2;
+#else
+constexpr int W = 4;
+constexpr int PANEL = 2;
+#endif
+
+typedef float V __attribute__((vector_size(4 * W)));
+typedef int32_t VI __attribute__((vector_size(4 * W)));
+typedef uint32_t VU __attribute__((vector_size(4 * W)));
+typedef uint16_t VH __attribute__((vector_size(2 * W)));
+
+constexpr float INF = std::numeric_limits<float>::infinity();
+
+static inline V all(float x) { return x - V{}; }  // x - 0 is x, so that it costs nothing; x + 0 is not, for -0
+static inline V vmax(V a, V b) { return a > b ? a : b; }
+
+static inline V load(const float* p) {
+    V v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+static inline void store(float* p, V v) { memcpy(p, &v, sizeof v); }
+
+// bfloat16 is the upper half of a float; stored, it is rounded to the nearest, ties to even, and NaN stays NaN.
+static inline V load(const uint16_t* p) {
+    VH h;
+    memcpy(&h, p, sizeof h);
+    VU u = __builtin_convertvector(h, VU) << 16;
+    V v;
+    memcpy(&v, &u, sizeof v);
+    return v;
+}
+static inline void store(uint16_t* p, V v) {
+    VU u;
+    memcpy(&u, &v, sizeof v);
+    VU rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+    VU nan = (u >> 16) | 0x40u;
+    VH h = __builtin_convertvector(v != v ? nan : rounded, VH);
+    memcpy(p, &h, sizeof h);
+}
+
+// The first n < W numbers of a vector; the others are zero, and are not written.
+template <class T> static inline V load_part(const T* p, int n) {
+    T full[W] = {};
+    memcpy(full, p, n * sizeof(T));
+    return load(full);
+}
+template <class T> static inline void store_part(T* p, V v, int n) {
+    T full[W];
+    store(full, v);
+    memcpy(p, full, n * sizeof(T));
+}
+template <class T> static inline V load_n(const T* p, long n) { return n >= W ? load(p) : load_part(p, int(n)); }
+template <class T> static inline void store_n(T* p, V v, long n) {
+    if (n >= W) store(p, v);
+    else store_part(p, v, int(n));
+}
+
+// 2^x within 2e-7 of itself; 0 below 2^-126; NaN stays NaN. BELOW: x is known to lie below 128.
+template <bool BELOW = false> static inline V exp2v(V x) {
+    const V magic = all(12582912.0f);  // 1.5 * 2^23: what is added to it is rounded to a whole number
+    V low = x < all(-126.0f) ? all(-126.0f) : x;
+    V c = low;
+    if constexpr (!BELOW) c = low > all(128.0f) ? all(128.0f) : low;
+    V t = c + magic;
+    V r = c - (t - magic);
+    V p = all(0.001326472731307149f);
+    p = p * r + all(0.009671512991189957f);
+    p = p * r + all(0.05550733581185341f);
+    p = p * r + all(0.24022242426872253f);
+    p = p * r + all(0.6931470036506653f);
+    p = p * r + all(1.0f);
+    VI bits;
+    memcpy(&bits, &t, sizeof t);
+    bits = (bits << 23) + 0x3f800000;  // n + 127 in the exponent; 2^128 becomes infinity, as it should
+    V scale;
+    memcpy(&scale, &bits, sizeof scale);
+    V y = p * scale;
+    return x < all(-126.0f) ? V{} : y;
+}
+static inline V expv(V x) { return exp2v(x * all(1.44269504088896341f)); }
+
+static inline float sum(V v) {
+    float s = 0;
+    for (int i = 0; i < W; i++) s += v[i];
+    return s;
+}
+
+// Memory for each of some threads, aligned to cache lines.
+struct Scratch {
+    size_t each;
+    float* data;
+    Scratch(int threads, size_t floats)
+        : each((floats + 31) / 16 * 16),  // a line more, so that the threads' parts are not all at the same place of a page
+          data(static_cast<float*>(aligned_alloc(64, threads * each * sizeof(float)))) {}
+    float* of(int thread) const { return data + thread * each; }
+    ~Scratch() { free(data); }
+};

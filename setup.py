@@ -1,0 +1,46 @@
+"""Builds the kernels in reverie/kernels/csrc, once for each instruction set, where there is a compiler.
+
+They are optional: whatever goes wrong here is said, and the package installs without them.
+"""
+
+import platform
+import sys
+import zlib
+from pathlib import Path
+
+from setuptools import Extension, setup
+
+SOURCES = Path("reverie/kernels/csrc")
+LEVELS = {
+    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"],
+    "avx2": ["-mavx2", "-mfma"],
+}
+
+
+def checksum() -> int:
+    """Return the checksum that reverie/kernels/dispatch.py compares a library with."""
+    files = sorted(path for path in SOURCES.iterdir() if path.suffix in (".h", ".cpp"))
+    return zlib.crc32(b"".join(path.read_bytes() for path in files))
+
+
+def kernels() -> list[Extension]:
+    """Return what to build: nothing on a processor or with a compiler that these flags are not for."""
+    if platform.machine().lower() not in ("x86_64", "amd64") or sys.platform == "win32":
+        return []
+    threads = [] if sys.platform == "darwin" else ["-fopenmp"]
+    common = ["-std=gnu++17", "-O3", "-fvisibility=hidden", "-Wno-psabi", f"-DREVERIE_SOURCES={checksum()}u", *threads]
+    return [
+        Extension(
+            f"reverie.kernels._{level}",
+            [str(SOURCES / "kernels.cpp")],
+            depends=[str(path) for path in SOURCES.iterdir()],
+            extra_compile_args=[*common, *flags],
+            extra_link_args=threads,
+            language="c++",
+            optional=True,
+        )
+        for level, flags in LEVELS.items()
+    ]
+
+
+setup(ext_modules=kernels())
