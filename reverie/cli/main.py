@@ -28,6 +28,7 @@ os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
 COMMANDS = {
     "train": "Train a model on images.",
     "sample": "Make images with a model.",
+    "ema": "Average a run's weights over any length.",
     "tune": "Fit a solver to a model, for few evaluations.",
     "data": "Report on a data set, before training on it.",
     "inspect": "Say what a run, a model, a checkpoint or a picture is.",

@@ -43,6 +43,8 @@ except SystemExit as end:
         (["train", "--config", "a.yaml"], 2),
         (["sample", "--help"], 0),
         (["sample", "model", "--steps", "0"], 2),
+        (["ema", "--help"], 0),
+        (["ema", "run", "--sigma-rel", "0.3"], 2),
         (["data", "--help"], 0),
         (["inspect", "--help"], 0),
         (["doctor", "--help"], 0),
@@ -92,7 +94,7 @@ def test_a_command_that_is_not_there(refused, word, near):
     (line,) = refused(2, word)
     assert f"there is no command {word!r}" in line
     assert (f"did you mean {near}?" in line) == bool(near)
-    assert "known: train, sample, tune, data, inspect, doctor" in line
+    assert "known: train, sample, ema, tune, data, inspect, doctor" in line
 
 
 @pytest.mark.parametrize(
