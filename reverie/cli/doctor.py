@@ -34,6 +34,7 @@ def examine() -> dict[str, Any]:
     import torch  # it takes two seconds: not for --help
 
     from reverie.cli import measure
+    from reverie.kernels import dispatch
 
     return {
         "reverie": reverie.__version__,
@@ -44,6 +45,7 @@ def examine() -> dict[str, Any]:
         "hardware": machine.hardware(),
         "gpus": gpus(),
         "extras": machine.extras(),
+        "kernels": dispatch.status(),
         "speed": measure.speeds(),
         "promise": [claim._asdict() for claim in measure.promise()],
     }
@@ -61,7 +63,9 @@ def gpus() -> list[dict[str, Any]]:
 def written(found: dict[str, Any]) -> str:
     """Return the findings as text."""
     head = [f"reverie {found['reverie']}, Python {found['python']}, torch {found['torch']}"]
-    parts = (machine_lines(found), extra_lines(found["extras"]), speed_lines(found["speed"]), promise_lines(found))
+    kernels = kernel_lines(found["kernels"])
+    speed, promise = speed_lines(found["speed"]), promise_lines(found)
+    parts = (machine_lines(found), extra_lines(found["extras"]), kernels, speed, promise)
     return "\n".join(line for part in (head, *parts) for line in part)
 
 
@@ -89,6 +93,11 @@ def extra_lines(extras: dict[str, Any]) -> list[str]:
         missing = ", ".join(extra["missing"])
         lines.append(row(name, f"no {missing}: {extra['install']}  ({extra['for']})" if missing else "installed"))
     return lines
+
+
+def kernel_lines(kernels: dict[str, str]) -> list[str]:
+    """Return what serves each operator on the CPU, a line each."""
+    return ["operators on the CPU", *(row(name, serves) for name, serves in kernels.items())]
 
 
 def speed_lines(speed: dict[str, Any]) -> list[str]:
