@@ -84,10 +84,18 @@ def convert(path: Path, target: Path) -> None:
     from safetensors.torch import save_file
 
     state = torch.load(path, map_location="cpu", weights_only=True)
+    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):  # as a trainer's checkpoint has it
+        state = state["state_dict"]
+    if isinstance(state, dict) and isinstance(state.get("string_to_param"), dict):  # as A1111 has an embedding
+        state = {f"string_to_param.{name}": tensor for name, tensor in state["string_to_param"].items()}
     if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
         raise ValueError("it holds no tensors by name")
     for name, tensor in state.items():
-        if type(tensor) is not torch.Tensor or tensor.layout != torch.strided or tensor.is_quantized:
+        if (
+            type(tensor) not in (torch.Tensor, torch.nn.Parameter)
+            or tensor.layout != torch.strided
+            or tensor.is_quantized
+        ):
             raise ValueError(f"{name} is no dense tensor")
     # `contiguous` and `clone` part tensors that share their numbers, which the format has no word for.
     save_file({name: tensor.detach().contiguous().clone() for name, tensor in state.items()}, target)
