@@ -25,7 +25,9 @@ _PLACES = {
         "Clipped", "Denoiser", "Estimate", "FixedBatch", "NetworkDenoiser", "Thresholded",
     ),
     "reverie.diffusion.flow_likelihood": ("Likelihood", "discrete_log_likelihood", "log_likelihood"),
+    "reverie.diffusion.guidance.auto": ("AutoGuided",),
     "reverie.diffusion.guidance.classifier_free": ("ClassifierFree", "Conditioned"),
+    "reverie.diffusion.guidance.interval": ("Interval",),
     "reverie.diffusion.k_diffusion": ("from_k_diffusion", "to_k_diffusion"),
     "reverie.diffusion.oracles": ("Mixture",),
     "reverie.diffusion.process": ("diffuse", "posterior"),
@@ -39,6 +41,7 @@ _PLACES = {
     "reverie.models.inspect": ("describe", "describe_text"),
     "reverie.models.model": ("Model", "Samples", "to_uint8"),
     "reverie.models.pictures": ("animation", "grid_picture", "read_provenance", "write_pictures"),
+    "reverie.networks.edm2": ("EDM2", "EDM2Config"),
     "reverie.networks.mlp": ("MLP", "MLPConfig"),
     "reverie.networks.unet": ("UNet", "UNetConfig"),
 }  # fmt: skip
