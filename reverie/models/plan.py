@@ -17,6 +17,7 @@ from reverie.diffusion.denoisers import NetworkDenoiser
 from reverie.diffusion.grids import from_times, from_timesteps
 from reverie.diffusion.registry import grids, samplers
 from reverie.diffusion.samplers.base import Sampler
+from reverie.diffusion.samplers.consistency import MeanFlow
 from reverie.diffusion.samplers.learned import Learned
 from reverie.diffusion.schedules import Schedule, Table
 from reverie.models.automatic import AUTO, choose
@@ -482,6 +483,8 @@ def check_options(options: Mapping[str, Any], sampler: str | Sampler, grid: str 
 def settle_sampler(denoiser: NetworkDenoiser, card: Card, sampler: str | Sampler, asked: Mapping[str, Any]) -> Sampler:
     """Return the sampler, with the options that are asked for and the model's own where none are."""
     rule = sampler if isinstance(sampler, Sampler) else named_sampler(denoiser, card, sampler, asked)
+    if isinstance(rule, MeanFlow) and "span" not in card.network.config.get("numbers", ()):
+        raise UsageError("sampler mean-flow is for a network that was trained by objective mean-flow; take another")
     if getattr(rule, "variance", None) == "learned" and not denoiser.learned_variance:
         raise UsageError("variance is 'learned', but this model learned none; use small or large")
     return rule

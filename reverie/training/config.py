@@ -74,9 +74,10 @@ class TrainConfig(BaseModel):
     zero_snr: bool = option("diffusion", False, "rescale the table to zero terminal SNR")
     prediction: str = option("diffusion", "v", "what the network predicts: " + ", ".join(predictions))
     learned_variance: bool = option("diffusion", False, "learn the variance too; needs --objective hybrid or vlb")
-    objective: Literal["simple", "hybrid", "vlb", "consistency", "easy-consistency"] = option(
-        "diffusion", "simple", "L_simple, L_hybrid or L_vlb; or one of few steps"
-    )
+    objective: Literal[
+        "simple", "hybrid", "vlb", "consistency", "easy-consistency", "continuous-consistency", "mean-flow", "reflow",
+        "progressive",
+    ] = option("diffusion", "simple", "L_simple, L_hybrid or L_vlb; or one of few steps")  # fmt: skip
     distance: Literal["l2", "l1", "huber"] = option("diffusion", "l2", "distance in L_simple")
     weight: str = option("diffusion", "uniform", "weight of the noise levels in L_simple: " + ", ".join(weights))
     times: Literal["uniform", "log-normal", "importance"] = option("diffusion", "uniform", "which times are trained on")
@@ -88,6 +89,9 @@ class TrainConfig(BaseModel):
     teacher: str | None = option("few steps", None, "a model to begin as and to learn from, for few steps")
     target_decay: float = option(
         "few steps", 0.0, "decay of the averaged network in a consistency target; 0 for none", ge=0, lt=1
+    )
+    student_steps: int | None = option(
+        "few steps", None, "steps of progressive's student, whose teacher takes twice as many; 8", ge=1, le=50_000
     )
 
     batch_size: int = option(
@@ -187,7 +191,7 @@ class TrainConfig(BaseModel):
     def without_effect(self) -> Any:
         """Yield what has no effect on an objective of few steps, or on any other, in words."""
         if self.objective not in FEW_STEPS:
-            for name in ("teacher", "target_decay"):
+            for name in ("teacher", "target_decay", "student_steps"):
                 if name in self.model_fields_set:
                     yield f"{name} has no effect on objective {self.objective}; it is for {', '.join(FEW_STEPS)}"
             return
@@ -197,7 +201,21 @@ class TrainConfig(BaseModel):
             yield f"{', '.join(found)}: the teacher's is taken; leave out"
         if self.objective in TAUGHT and self.teacher is None:
             yield f"objective {self.objective} needs a teacher: --teacher MODEL"
-        if self.minutes is not None and self.steps is None:
+        if "target_decay" in self.model_fields_set and self.objective not in AVERAGED:
+            yield f"target_decay has no effect on objective {self.objective}; it is for {', '.join(AVERAGED)}"
+        if self.student_steps is not None and self.objective != "progressive":
+            yield f"student_steps has no effect on objective {self.objective}; it is for progressive"
+        if self.objective == "mean-flow" and (self.schedule, self.prediction) != ("flow", "velocity"):
+            yield "objective mean-flow is of velocities on the flow schedule: --schedule flow --prediction velocity"
+        if self.objective == "mean-flow" and (self.teacher or self.captions):
+            yield "objective mean-flow takes no teacher and no captions; leave them out"
+        if self.objective in SLOPED and self.compile:
+            yield f"objective {self.objective} takes slopes in forward mode, which compile does not; leave it out"
+        if self.objective == "mean-flow" and self.network == "edm2":
+            yield "objective mean-flow tells the network a second time, for which edm2's has no place"
+        if self.objective in CURRICULUM and self.prediction == "x0":
+            yield f"prediction x0 has no boundary at zero noise, which objective {self.objective} needs"
+        if self.objective in CURRICULUM and self.minutes is not None and self.steps is None:
             yield f"objective {self.objective} needs steps: its curriculum must know where it ends"
 
     @property
@@ -226,13 +244,16 @@ class TrainConfig(BaseModel):
         return base * rise * 0.5 * (1 + math.cos(math.pi * min(1.0, step / self.steps)))
 
 
-# Objectives of few steps, those of them that need a teacher, what has no effect on any, and what a teacher settles.
-FEW_STEPS = ("consistency", "easy-consistency")
-TAUGHT = ("easy-consistency",)
-IDLE = ("distance", "weight", "validate_every", "sample_steps")
+# Objectives of few steps by kind, what has no effect on any of them, and what a teacher settles.
+AVERAGED = ("consistency", "easy-consistency")
+CURRICULUM = (*AVERAGED, "continuous-consistency")
+FEW_STEPS = (*CURRICULUM, "mean-flow", "reflow", "progressive")
+SLOPED = ("continuous-consistency", "mean-flow")
+TAUGHT = ("easy-consistency", "reflow", "progressive")
+IDLE = ("distance", "weight", "uncertainty", "validate_every", "sample_steps")
 TEACHERS = (
-    "preset", "widths", "layers", "attention", "head_dim", "time_scale_shift", "schedule", "timesteps", "zero_snr",
-    "prediction",
+    "network", "preset", "widths", "layers", "attention", "head_dim", "time_scale_shift", "schedule", "timesteps",
+    "zero_snr", "prediction",
 )  # fmt: skip
 
 # What edm2 is trained with, as in its paper, where nothing else is said.
@@ -247,5 +268,5 @@ FIXED = (
     "network", "time_mean", "time_std", "uncertainty", "ema_lengths",
     "attention", "head_dim", "dropout", "time_scale_shift", "schedule", "timesteps", "zero_snr", "prediction",
     "learned_variance", "objective", "distance", "weight", "times", "label_dropout", "batch_size", "accumulate", "ema",
-    "target_decay",
+    "target_decay", "student_steps",
 )  # fmt: skip

@@ -8,21 +8,29 @@ from reverie.base.errors import ModelFileError, UsageError
 from reverie.data.dataset import Dataset
 from reverie.diffusion.denoisers import Denoiser, NetworkDenoiser
 from reverie.diffusion.few_step.consistency import Consistency
+from reverie.diffusion.few_step.continuous_consistency import ContinuousConsistency
 from reverie.diffusion.few_step.easy_consistency import EasyConsistency
-from reverie.diffusion.objectives import Objective
+from reverie.diffusion.few_step.mean_flow import MeanFlow
+from reverie.diffusion.few_step.progressive import Progressive
+from reverie.diffusion.few_step.reflow import Reflow
+from reverie.diffusion.objectives import Objective, Simple
 from reverie.diffusion.schedules import Schedule
 from reverie.diffusion.times import LogNormalTimes, TimeSampler, UniformTimes
 from reverie.models.card import Card, DataRecord, SamplingDefaults
 from reverie.models.load import load
 from reverie.models.model import Model
-from reverie.training.config import TrainConfig
+from reverie.training.config import CURRICULUM, TrainConfig
 from reverie.training.ema import EMA
 
 RATE = 3e-4  # Adam's step size for a network that was trained before
 LEVELS = (-1.1, 2.0)  # mean and standard deviation of ln(sigma / alpha) in consistency training
-SAMPLING = {
-    "consistency": SamplingDefaults(sampler="consistency", grid="angle", steps=2),
-    "easy-consistency": SamplingDefaults(sampler="consistency", grid="angle", steps=2),
+SPANS = (-0.4, 1.0)  # those of ln(t / (1 - t)) in MeanFlow
+STUDENT = 8  # steps of progressive's student
+WARM_UP = 4  # sCM's is that part of the run
+SAMPLING = {name: SamplingDefaults(sampler="consistency", grid="angle", steps=2) for name in CURRICULUM} | {
+    "mean-flow": SamplingDefaults(sampler="mean-flow", steps=1),
+    "reflow": SamplingDefaults(steps=2),
+    "progressive": SamplingDefaults(steps=STUDENT),
 }
 
 
@@ -58,7 +66,10 @@ def student_card(config: TrainConfig, dataset: Dataset, teacher: Model, data: Da
         raise UsageError(f"the teacher has {len(card.classes)} classes; {dataset.name} as it is read here has others")
     network = card.network.model_copy(update={"config": card.network.config | {"dropout": config.dropout}})
     changes = {"network": network, "data": data, "training": None, "code": code, "teacher": teacher.digest}
-    return card.model_copy(update=changes | {"sampling": SAMPLING[config.objective]})
+    sampling = SAMPLING[config.objective]
+    if config.student_steps is not None:
+        sampling = sampling.model_copy(update={"steps": config.student_steps})
+    return card.model_copy(update=changes | {"sampling": sampling})
 
 
 def start_from(network: nn.Module, teacher: Model) -> None:
@@ -94,14 +105,24 @@ def make_target(config: TrainConfig, denoiser: NetworkDenoiser, network: nn.Modu
     return Target(denoiser, network, config.target_decay) if config.target_decay else None
 
 
-def make_few_step(config: TrainConfig, teacher: Denoiser | None, target: Denoiser | None) -> Objective:
+def make_few_step(config: TrainConfig, teacher: NetworkDenoiser | None, target: Denoiser | None) -> Objective:
     """Return the objective of few steps that a configuration names."""
     steps = config.total_steps or 1
     if config.objective == "easy-consistency":
         return EasyConsistency(steps, target=target)
+    if config.objective == "continuous-consistency":
+        return ContinuousConsistency(steps // WARM_UP, teacher)
+    if config.objective == "mean-flow":
+        return MeanFlow(mean=SPANS[0], std=SPANS[1])
+    if config.objective == "reflow" and teacher is not None:
+        return Reflow(teacher, Simple(teacher.prediction))
+    if config.objective == "progressive" and teacher is not None:
+        return Progressive(teacher, config.student_steps or STUDENT)
     return Consistency(steps, teacher, target=target)
 
 
 def few_step_times(config: TrainConfig, schedule: Schedule) -> TimeSampler:
     """Return the times that an objective of few steps is trained on where none are asked for."""
-    return LogNormalTimes(schedule, *LEVELS) if config.objective in SAMPLING else UniformTimes(schedule)
+    if config.objective in CURRICULUM:
+        return LogNormalTimes(schedule, *LEVELS)
+    return LogNormalTimes(schedule, *SPANS) if config.objective == "mean-flow" else UniformTimes(schedule)

@@ -123,7 +123,7 @@ def make_plan(config: TrainConfig, dataset: Dataset, teacher: Model | None = Non
     preset = (EDM2_PRESETS if config.network == "edm2" else PRESETS)[choose_preset(config, device)]
     card = Card(
         shape=dataset.shape,
-        network=network_spec(network_config(config, dataset, preset, labels), text, preset),
+        network=with_span(config, network_spec(network_config(config, dataset, preset, labels), text, preset)),
         schedule=schedule_spec(config),
         prediction=config.prediction,
         learned_variance=config.learned_variance,
@@ -174,6 +174,13 @@ def network_spec(unet: dict[str, Any], text: WordsSpec | None, preset: Preset) -
     levels = attending(len(unet["channels"]), max(unet["sample_size"]))
     unet = unet | {"attention": [level >= levels.index(True) if any(levels) else True for level in range(len(levels))]}
     return NetworkSpec(name="captioned", config={"words": words, "unet": unet})
+
+
+def with_span(config: TrainConfig, spec: NetworkSpec) -> NetworkSpec:
+    """Return the network, told how far a step goes where the objective is of such steps."""
+    if config.objective != "mean-flow":
+        return spec
+    return NetworkSpec(name="numbered", config={"numbers": ["span"], "unet": spec.config})
 
 
 def choose_preset(config: TrainConfig, device: torch.device) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from reverie.base.errors import ModelFileError, UsageError
-from reverie.diffusion.denoisers import Denoiser
+from reverie.diffusion.denoisers import Denoiser, NetworkDenoiser
 from reverie.diffusion.objectives import Hybrid, Objective, Simple, Variational
 from reverie.diffusion.schedules import Schedule
 from reverie.diffusion.times import ImportanceTimes, LogNormalTimes, TimeSampler, UniformTimes
@@ -32,7 +32,9 @@ def importance_bins(schedule: Schedule) -> int:
     return next(bins for bins in range(min(100, timesteps), 0, -1) if timesteps % bins == 0)
 
 
-def make_objective(config: TrainConfig, teacher: Denoiser | None = None, target: Denoiser | None = None) -> Objective:
+def make_objective(
+    config: TrainConfig, teacher: NetworkDenoiser | None = None, target: Denoiser | None = None
+) -> Objective:
     """Return the objective; L_simple is in the space of what the network predicts.
 
     Arguments:

@@ -33,7 +33,7 @@ from reverie.models.formats import write_model
 from reverie.models.model import Model
 from reverie.networks.edm2_layers import Uncertainty
 from reverie.training.conditions import Conditions
-from reverie.training.config import TrainConfig
+from reverie.training.config import SLOPED, TrainConfig
 from reverie.training.ema import PowerEMA, make_averages
 from reverie.training.few_step import make_target, read_teacher, start_from
 from reverie.training.metrics import Console, MetricsLog, Stream, imported, open_trackers
@@ -209,7 +209,9 @@ class Run:
     @property
     def layout(self) -> torch.memory_format:
         """The memory layout of images and weights."""
-        return torch.channels_last if self.config.channels_last else torch.contiguous_format
+        # The norms' forward mode, of which two objectives make use, has no channels-last.
+        last = self.config.channels_last and self.config.objective not in SLOPED
+        return torch.channels_last if last else torch.contiguous_format
 
     # From start to end ----------------------------------------------------------------------------
 

@@ -48,8 +48,9 @@ def state(folder):
 
 
 def settings_of(objective, teacher):
-    taught = objective in TAUGHT
-    return {"objective": objective, **QUICK, **({"teacher": teacher} if taught else {"widths": (8, 8), "layers": 1})}
+    own = {"teacher": teacher} if objective in TAUGHT else {"widths": (8, 8), "layers": 1}
+    own |= {"schedule": "flow", "prediction": "velocity"} if objective == "mean-flow" else {}
+    return {"objective": objective, **QUICK, **own}
 
 
 EACH = [
@@ -145,12 +146,33 @@ def test_objectives_and_times_by_name(teacher):
         ({"objective": "easy-consistency", "teacher": "t", "widths": (8,)}, "widths: the teacher's is taken"),
         ({"objective": "consistency", "distance": "l1"}, "distance: without effect"),
         ({"objective": "consistency", "minutes": 1.0}, "needs steps"),
+        ({"objective": "consistency", "prediction": "x0"}, "no boundary"),
+        ({"objective": "mean-flow"}, "--schedule flow --prediction velocity"),
+        ({"objective": "mean-flow", "schedule": "flow", "prediction": "velocity", "teacher": "t"}, "takes no teacher"),
+        ({"objective": "reflow", "teacher": "t", "target_decay": 0.5}, "target_decay has no effect"),
+        ({"objective": "reflow", "teacher": "t", "student_steps": 4}, "student_steps has no effect"),
         ({"objective": "consistency", "learned_variance": True}, "says nothing of the variance"),
     ],
 )
 def test_what_is_refused(settings, words):
     with pytest.raises(ValueError, match=words):
         TrainConfig(out="x", **settings)
+
+
+def test_the_progressive_student_is_sampled_in_its_steps(tmp_path, teacher):
+    go(tmp_path / "run", steps=1, student_steps=3, **settings_of("progressive", teacher))
+    assert (
+        load(tmp_path / "run").plan(1).sentence().startswith("1 sample of 1x8x8: ddim (eta 0.0), 3 steps on trailing")
+    )
+
+
+def test_mean_flow_goes_on_in_more_steps_guided_and_other_models_refuse_it(tmp_path, teacher):
+    go(tmp_path / "run", steps=2, **settings_of("mean-flow", teacher))
+    model = load(tmp_path / "run")
+    assert model.sample(2, steps=3, classes=[1, 2], guidance=2.0).images.isfinite().all()
+    assert model.sample(2, sampler="heun", steps=2).images.isfinite().all()  # without a span it is a velocity
+    with pytest.raises(UsageError, match="trained by objective mean-flow"):
+        load(teacher).plan(1, sampler="mean-flow")
 
 
 def test_a_teacher_of_other_data_is_refused(teacher):

@@ -46,9 +46,7 @@ class Reflow(Objective):
 
     denoises = False
 
-    def __init__(
-        self, teacher: Denoiser, inner: Simple | None = None, steps: int = 16, solver: Solver = "heun"
-    ) -> None:
+    def __init__(self, teacher: Denoiser, inner: Simple | None = None, steps: int = 8, solver: Solver = "heun") -> None:
         if steps < 1:
             raise UsageError(f"steps is {steps}; the teacher takes at least 1")
         self.teacher, self.inner, self.steps, self.solver = teacher, inner or Simple("velocity"), steps, solver

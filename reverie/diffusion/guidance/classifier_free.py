@@ -31,9 +31,9 @@ class Conditioned(Denoiser):
         self.denoiser, self.schedule, self.condition = denoiser, denoiser.schedule, condition
 
     def forward(self, x: Data, t: Times, condition: Condition | None = None) -> Estimate:
-        refuse_second(condition)
+        condition = refuse_second(self.condition, condition)
         check_rows(self.condition, len(x))
-        return self.denoiser(x, t, self.condition)
+        return self.denoiser(x, t, {**self.condition, **condition})
 
 
 class ClassifierFree(Denoiser):
@@ -67,13 +67,14 @@ class ClassifierFree(Denoiser):
         self.guidance = torch.as_tensor(guidance, dtype=torch.float64)
 
     def forward(self, x: Data, t: Times, condition: Condition | None = None) -> Estimate:
-        refuse_second(condition)
+        further = refuse_second(self.both, condition)
         check_rows(self.both, 2 * len(x))
         if self.guidance.ndim and len(self.guidance) != len(x):
             raise UsageError(
                 f"guidance has {len(self.guidance)} numbers for {len(x)} samples; give one, or one for each"
             )
-        both = self.denoiser(torch.cat([x, x]), torch.cat([t, t]), self.both)
+        told = {**self.both, **{name: torch.cat([value, value]) for name, value in further.items()}}
+        both = self.denoiser(torch.cat([x, x]), torch.cat([t, t]), told)
         weight = per_sample(self.guidance.expand(len(x)), x)
         (x0, x0_u), (eps, eps_u) = both.x0.chunk(2), both.eps.chunk(2)
         fraction = None if both.fraction is None else both.fraction.chunk(2)[0]
@@ -91,7 +92,8 @@ def check_rows(condition: Condition, rows: int) -> None:
             )
 
 
-def refuse_second(condition: Condition | None) -> None:
-    """Refuse a condition where one is bound already."""
-    if condition is not None:
+def refuse_second(bound: Condition, condition: Condition | None) -> Condition:
+    """Return what a sampler tells beside a bound condition (how far its step goes), having refused what is bound."""
+    if condition is not None and (not condition or set(condition) & set(bound)):
         raise UsageError("this denoiser has its condition bound already; give the condition when it is made")
+    return condition or {}
