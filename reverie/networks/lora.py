@@ -71,8 +71,9 @@ def updated(weight: Tensor, updates: Iterable[tuple[float, Factors]]) -> Tensor:
     """
     wide = torch.promote_types(weight.dtype, torch.float32)
     total = weight.to(wide)
-    for factor, change in updates:
-        total = total + factor * change.product(wide).reshape(weight.shape).to(weight.device)
+    with torch.autocast(weight.device.type, enabled=False):  # what is trained is what is merged
+        for factor, change in updates:
+            total = total + factor * change.product(wide).reshape(weight.shape).to(weight.device)
     return total.to(weight.dtype)
 
 

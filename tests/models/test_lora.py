@@ -3,6 +3,7 @@
 import copy
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from reverie.base.errors import ModelFileError, UsageError
 from reverie.models.formats.latent_diffusion.both_ways import unet_table
 from reverie.models.formats.latent_diffusion.renaming import renamed
-from reverie.models.lora import Loras, match, read_lora
+from reverie.models.lora import Loras, flat, match, names_of, read_lora
+from reverie.models.lora_file import role_of
 from reverie.networks.lora import add_lora, lora_state_dict, remove_lora, trained
 from reverie.networks.unet import UNet, UNetConfig
 
@@ -308,6 +310,35 @@ def test_diffusers_and_peft_read_what_training_saves(tmp_path):
     with torch.no_grad():
         want, got = theirs(x, time, context).sample, ours(x, time, context=context)
     assert (got - want).norm() / want.norm() < 1e-5
+
+
+def test_names_of_every_layer_that_kohya_trains_at_full_size():
+    """722 layers of XL's U-Net, 192 of version 1's, by the original names too, as diffusers translates them."""
+    from diffusers.loaders.lora_conversion_utils import (
+        _convert_non_diffusers_lora_to_diffusers,
+        _maybe_map_sgm_blocks_to_diffusers,
+    )
+
+    sizes = {"channels": (320, 640, 1280), "attention": (False, True, True), "transformer_layers": (1, 2, 10)}
+    xl = UNetConfig(in_channels=4, context_dim=2048, head_dim=64, use_linear_projection=True, **sizes)
+    sizes = {"channels": (320, 640, 1280, 1280), "attention": (True, True, True, False)}
+    one = UNetConfig(in_channels=4, context_dim=768, num_heads=8, **sizes)
+    for config, count in ((xl, 722), (one, 192)):
+        with torch.device("meta"):
+            network = UNet(config)
+        shapes = {name: tuple(value.shape) for name, value in network.state_dict().items()}
+        back, known = {new: old for old, new in unet_table(shapes).items()}, names_of({"unet": network})
+        kinds = nn.Linear | nn.Conv2d
+        paths = [p for p, layer in network.named_modules() if isinstance(layer, kinds) and ".attentions." in p]
+        assert len(paths) == count
+        for names in ({path: path for path in paths}, {path: renamed(path, back) for path in paths}):
+            keys = {"lora_unet_" + flat(name): path for path, name in names.items()}
+            assert all(known[key] == ("unet", path) for key, path in keys.items())
+            state = {f"{key}.lora_{role}.weight": torch.zeros(1) for key in keys for role in ("down", "up")}
+            mapped = _maybe_map_sgm_blocks_to_diffusers(state, SimpleNamespace(layers_per_block=2))
+            theirs, _ = _convert_non_diffusers_lora_to_diffusers(mapped)
+            plain = {role_of(key)[0].removeprefix("unet.") for key in theirs}
+            assert plain == set(paths)
 
 
 # Refusals -------------------------------------------------------------------------------------------

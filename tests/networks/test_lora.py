@@ -111,6 +111,15 @@ def test_bfloat16_weights_are_summed_in_float32():
     assert updated(weight, []).dtype == torch.bfloat16
 
 
+def test_autocast_does_not_reach_the_change(unet):
+    add_lora(unet, rank=2)
+    shake(unet)
+    layer = unet.get_submodule(next(trained(unet))[0])
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = layer.weight.detach()
+    assert torch.equal(inside, layer.weight)
+
+
 def test_factors_with_pixels_of_their_own():
     torch.manual_seed(0)
     up, down, mid = torch.randn(5, 2), torch.randn(2, 3), torch.randn(2, 2, 3, 3)

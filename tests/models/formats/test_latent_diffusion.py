@@ -6,6 +6,8 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.loaders import single_file_utils as theirs
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -402,6 +404,7 @@ def test_openclip_of_2_without_its_projection_is_used_whole(files):
 # Refusals -------------------------------------------------------------------------------------------
 
 UNET = "model.diffusion_model."
+OLDEST = "cond_stage_model.transformer.final_layer_norm.bias"
 QUERY = "first_stage_model.encoder.mid.attn_1.q.weight"
 FUSED = PREFIX["sd2"] + "transformer.resblocks.0.attn.in_proj_bias"
 
@@ -424,6 +427,8 @@ def without(pattern: str):
         ("sd1", without("input_blocks.2.1"), "levels differ"),
         ("sd1", without("output_blocks.4.1.transformer"), "transformers differ on the way up"),
         ("sd1", without("middle_block.1"), "in the middle|attends to no text"),
+        ("sd1", lambda s: {**s, OLDEST: (64,)}, "are the same tensor"),
+        ("sd1", lambda s: {**s, "first_stage_model.quant_conv.{}": (64,), QUERY: (64, 63, 2, 1)}, "no place|attn_1.q"),
         ("sd1", lambda s: {**s, "edm_mean": (1, 4, 1, 1)}, "Playground"),
         ("sd1", lambda s: {**s, UNET + "label_emb.weight": (1000, 128)}, "upscaler"),
         ("sd2", lambda s: {**s, UNET + "label_emb.0.0.weight": (256, 2048)}, "unCLIP"),
@@ -440,6 +445,45 @@ def test_what_is_not_stable_diffusion_is_refused_in_one_line(files, family, chan
     with pytest.raises(ModelFileError, match=message) as refusal:
         describe(change(header(files, family)))
     assert "\n" not in str(refusal.value)
+
+
+ENDS = ["weight", "0", "1.weight", "{}", "", "qkv.{}", "{0.__class__}"]
+SHAPES = st.lists(st.sampled_from([0, 1, 3, 5, 64, 2**40]), max_size=5).map(tuple)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.sampled_from(FAMILIES),
+    st.lists(st.integers(0, 10**6), max_size=4),
+    st.lists(st.tuples(st.integers(0, 10**6), SHAPES), max_size=4),
+    st.lists(st.tuples(st.integers(0, 10**6), st.sampled_from(ENDS)), max_size=3),
+)
+def test_any_header_at_all_is_described_or_refused(files, family, gone, shaped, called):
+    shapes = header(files, family)
+    names = list(shapes)
+    for index, shape in shaped:
+        shapes[names[index % len(names)]] = shape
+    for index, end in called:
+        shapes[names[index % len(names)].rpartition(".")[0] + "." + end] = (3, 3)
+    for index in gone:
+        shapes.pop(names[index % len(names)], None)
+    try:
+        layout = describe(shapes)
+    except ModelFileError:
+        return
+    if layout is not None:
+        taken = [rule.old for rules in layout.rules.values() for rule in rules]
+        assert sorted([*taken, *layout.left]) == sorted(shapes)
+        from_original(layout, lambda name: torch.zeros(shapes[name], device="meta"))
+
+
+def test_what_writers_put_beside_a_text_encoder_is_carried(files):
+    shapes = header(files, "sdxl")
+    start = "conditioner.embedders.0.transformer."
+    more = {f"{start}text_projection.weight": (64, 64), "conditioner.embedders.1.model.attn_mask": (77, 77)}
+    layout = describe({**shapes, **more})
+    assert {layout.left[name] for name in more} == {"of the text encoder, unused by the U-Net"}
+    assert layout.configs == describe(shapes).configs
 
 
 def test_other_files_are_none_of_this_layout(files):

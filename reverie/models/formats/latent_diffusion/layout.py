@@ -69,6 +69,8 @@ LEFT = (
     ("v_pred", "a mark: v is predicted"),
     ("ztsnr", "a mark: the schedule ends at pure noise"),
 )
+# What some writers put beside a text encoder: of CLIP as a whole, or of a version without use for it.
+UNUSED = ("logit_scale", "attn_mask", "text_projection.weight", "text_model.logit_scale")
 SCHEDULE = ("alphas_cumprod", "betas", "log_one_minus_alphas_cumprod", "logvar", "posterior_", "sqrt_", "lvlb_weights")
 SCHEDULE_TOO = ("denoiser.sigmas", "model_sampling.", "denoiser.log_sigmas")
 FOREIGN = {
@@ -263,16 +265,20 @@ def made(shapes: Shapes, prefix: str, table: Mapping[str, str], form: Callable[[
     Raises:
         ModelFileError: A name has no place.
     """
-    rules, unknown = [], []
+    rules, unknown, seen = [], [], dict[str, str]()
     for name, shape in shapes.items():
         if reason(name, prefix) is not None:
             continue
-        new = renamed(name, table)
-        if new is None:
+        new, kind = renamed(name, table), form(name, tuple(shape))
+        if new is None or ("{}" in new) != (kind == "thirds"):
             unknown.append(prefix + name)
             continue
-        names = tuple(new.format(part) for part in "qkv") if "{}" in new else (new,)
-        rules.append(Rule(prefix + name, tuple(shape), names, form(name, tuple(shape))))
+        names = tuple(new.replace("{}", part) for part in "qkv") if kind == "thirds" else (new,)
+        rules.append(Rule(prefix + name, tuple(shape), names, kind))
+        for each in names:
+            if each in seen:
+                raise ModelFileError(f"{prefix}{seen[each]} and {prefix}{name} are the same tensor; use another file")
+            seen[each] = name
     if unknown:
         raise ModelFileError(
             f"{len(unknown)} tensors have no place in Stable Diffusion: {', '.join(unknown[:3])}; "
@@ -283,16 +289,13 @@ def made(shapes: Shapes, prefix: str, table: Mapping[str, str], form: Callable[[
 
 def text_rules(held: Shapes, prefix: str, open_clip: bool, family: Family) -> tuple[Rule, ...]:
     """Return the rules of a text encoder, whose names have lost their prefix."""
+    held = {name: shape for name, shape in held.items() if name not in UNUSED}
     if not open_clip:
         return made(held, prefix, CLIP_NAMES, same)
     layers = text_names.open_layers(held)
     unused = family == "sd2" and "text_projection" in held and layers > 1
-    kept = {
-        name: shape
-        for name, shape in held.items()
-        if name != "logit_scale"
-        and not (unused and (name == "text_projection" or name.startswith(f"transformer.resblocks.{layers - 1}.")))
-    }
+    last = f"transformer.resblocks.{layers - 1}."
+    kept = {n: s for n, s in held.items() if not (unused and (n == "text_projection" or n.startswith(last)))}
     return made(kept, prefix, text_names.open_table(layers), lambda name, _: text_names.open_form(name))
 
 
