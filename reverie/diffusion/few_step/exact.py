@@ -25,7 +25,8 @@ class Exact(Denoiser):
 
     Arguments:
         denoiser: An oracle.
-        tolerance: The error of the integration, relative and absolute; without effect on a Gaussian.
+        tolerance: The error of the integration, relative and absolute, as far as x's dtype allows; of no effect on a
+            Gaussian.
 
     Example:
         >>> from reverie.diffusion.schedules import EDM
@@ -49,6 +50,7 @@ class Exact(Denoiser):
         """Return where the path through x at t ends (B, *D)."""
         if isinstance(self.denoiser, Gaussian):
             return self.denoiser.flow(x, t, torch.zeros_like(t))
-        solver = Adaptive(self.tolerance, self.tolerance)
+        least = 20 * torch.finfo(x.dtype).eps  # what the number format allows
+        solver = Adaptive(max(self.tolerance, least), max(self.tolerance, least))
         state = solver.init(x, t.cpu())
         return solver.step(self.denoiser, state, 0.0, Noise([0] * len(x))).x
