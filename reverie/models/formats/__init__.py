@@ -22,6 +22,7 @@ formats = Registry(
         "checkpoint": f"{_HERE}.run_folder:CheckpointFolder",
         "diffusers": f"{_HERE}.diffusers_folder:DiffusersFolder",
         "native": f"{_HERE}.native_folder:NativeFolder",
+        "edm2-pickle": f"{_HERE}.edm2_pickle:EDM2Pickle",
         "single-file": f"{_HERE}.single_file:SingleFile",
     },
 )
