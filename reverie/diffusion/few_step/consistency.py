@@ -2,14 +2,15 @@ r"""Consistency models on a grid of noise levels: distillation (CD) and improved
 
 On levels s_1 < ... < s_N (s = sigma / alpha, Karras' spacing), x_t at s_(n+1) and r at s_n,
 
-    L = w d(f(x_t, t), stop f(x_r, r)),                                                             (1)
-    x_r = a step of the teacher's ODE from x_t, w = 1                               (distillation), (2)
-    x_r = alpha_r x_0 + sigma_r eps, of the same eps, w = 1 / (s_(n+1) - s_n)           (training), (3)
+    L = w d(f(x_t, t), stop f(x_r, r)),    w = 1 / (s_(n+1) - s_n),                                 (1)
+    x_r = a step of the teacher's ODE from x_t                                      (distillation), (2)
+    x_r = alpha_r x_0 + sigma_r eps, of the same eps                                    (training), (3)
     N = min(s0 2^floor(step / K'), s1) + 1,  K' = floor(steps / (floor(log2(s1 / s0)) + 1)).        (4)
 
 The time sampler's t chooses the pair of levels around it: with s log-normal this is the discretised
 log-normal of the second paper. The lowest level counts as `boundary`, where f is x / alpha by the form of
-the prediction: 0, but for the prediction "consistency".
+the prediction: 0, but for predictions.ConsistencyOutput. The first paper distils with w = 1, which leaves
+what all else rests on, the lowest levels, to be learned last.
 
 References:
     Consistency Models (Song et al., 2023), algorithms 2 and 3
@@ -140,10 +141,16 @@ class Consistency(Objective):
             earlier = ode_step(self.teacher, x, t, r, condition, self.solver)
         else:
             earlier = diffuse(schedule, x0, r, eps)
+        loss = self.compare(denoiser, x, t, earlier, r, condition)
+        return loss / gap(schedule, t, r).to(loss)
+
+    def compare(
+        self, denoiser: Denoiser, x: Data, t: Times, earlier: Data, r: Times, condition: Condition | None
+    ) -> Float[Tensor, " b"]:
+        """Return the distance (B,) between f at x, t and at an earlier place on the path."""
         student, target = both(
             lambda: consistency(denoiser, x, t, condition),
             lambda: held(self.target or denoiser, earlier, r, condition),
             x.device,
         )
-        loss = distance(student, target, self.width)
-        return loss if self.teacher else loss / gap(schedule, t, r).to(loss)
+        return distance(student, target, self.width)
