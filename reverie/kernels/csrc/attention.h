@@ -22,15 +22,66 @@ struct Shape {
     int64_t samples, heads, queries, keys, dim;
 };
 
+// Keys of the next block, of those from j on: blocks of as equal size as can be.
+static inline long share(long keys, long j) {
+    const long left = (keys - j + KB - 1) / KB;
+    return (keys - j + left - 1) / left;
+}
+
 static inline long up(long n) { return (n + W - 1) / W * W; }
 
-// Queries [first, first + count) as columns (dim, QB), times a factor; columns beyond are zero.
+// A square of W rows as columns.
+#ifdef __clang__
+static inline void transpose(V* v) {
+    V t[W];
+    for (int i = 0; i < W; i++)
+        for (int j = 0; j < W; j++) t[i][j] = v[j][i];
+    memcpy(v, t, sizeof t);
+}
+#else
+// At each stage, halves of neighbouring blocks change places.
+template <int HALF> static inline void swap_halves(V* v) {
+    VI low, high;
+    for (int i = 0; i < W; i++) {
+        low[i] = (i & HALF) ? i - HALF + W : i;
+        high[i] = (i & HALF) ? i + W : i + HALF;
+    }
+    for (int i = 0; i < W; i++)
+        if (!(i & HALF)) {
+            V a = v[i], b = v[i + HALF];
+            v[i] = __builtin_shuffle(a, b, low);
+            v[i + HALF] = __builtin_shuffle(a, b, high);
+        }
+}
+static inline void transpose(V* v) {
+    if constexpr (W == 16) swap_halves<8>(v);
+    if constexpr (W >= 8) swap_halves<4>(v);
+    swap_halves<2>(v), swap_halves<1>(v);
+}
+#endif
+
+// Rows [0, count), times a factor, as columns (dim, QB); columns up to the next whole vector are zero.
 static void columns(const float* x, long token, long count, long dim, float factor, float* to) {
-    for (long q = 0; q < QB; q++)
-        if (q < count)
-            for (long d = 0; d < dim; d++) to[d * QB + q] = x[q * token + d] * factor;
-        else
-            for (long d = 0; d < dim; d++) to[d * QB + q] = 0;
+    for (long q = 0; q < count; q += W)
+        for (long d = 0; d < dim; d += W) {
+            V v[W];
+            for (long i = 0; i < W; i++)
+                v[i] = q + i < count ? load_n(x + (q + i) * token + d, dim - d) * all(factor) : V{};
+            transpose(v);
+            for (long i = 0; i < W && d + i < dim; i++) store(to + (d + i) * QB + q, v[i]);
+        }
+}
+
+// Columns (dim, QB), times a factor for each, as rows [0, count).
+static void columns_to_rows(const float* from, long count, long dim, const float* factors, float* x, long token) {
+    for (long q = 0; q < count; q += W)
+        for (long d = 0; d < dim; d += W) {
+            V v[W];
+            for (long i = 0; i < W; i++)
+                v[i] = d + i < dim ? load(from + (d + i) * QB + q) * load(factors + q) : V{};
+            transpose(v);
+            for (long i = 0; i < W && q + i < count; i++) store_n(x + (q + i) * token + d, v[i], dim - d);
+        }
 }
 
 // Rows [0, count) side by side, in rows of `width` numbers; rows up to `most` and numbers beyond `dim` are zero.
@@ -66,8 +117,8 @@ static void forward_block(const Shape& n, const float* q, long q_token, const fl
     columns(q + first * q_token, q_token, count, n.dim, scale * LOG2E, qt);
     memset(ot, 0, n.dim * QB * sizeof(float));
     for (long c = 0; c < QB; c++) top[c] = -INF, total[c] = 0;
-    for (long j = 0; j < n.keys; j += KB) {
-        const long keys = n.keys - j < KB ? n.keys - j : KB;
+    for (long j = 0, keys; j < n.keys; j += keys) {
+        keys = share(n.keys, j);
         gemm<false>(keys, vectors, n.dim, k + j * n.dim, n.dim, 1, qt, QB, s, QB);
         if (mask.data) add_mask(s, mask.at(b, h, first, j), mask.query, mask.key, count, keys);
         for (long c = 0; c < vectors * W; c += W) {
@@ -87,11 +138,12 @@ static void forward_block(const Shape& n, const float* q, long q_token, const fl
         }
         gemm<true>(n.dim, vectors, keys, v + j * n.dim, 1, n.dim, s, QB, ot, QB);
     }
-    for (long c = 0; c < count; c++) {
-        const float inverse = total[c] == 0 ? 0 : 1 / total[c];
-        for (long d = 0; d < n.dim; d++) out[(first + c) * out_token + d] = ot[d * QB + c] * inverse;
-        if (lse) lse[first + c] = total[c] == 0 ? INF : top[c] + log2f(total[c]);
+    for (long c = 0; c < QB; c++) {
+        const bool nothing = total[c] == 0;
+        if (lse && c < count) lse[first + c] = nothing ? INF : top[c] + log2f(total[c]);
+        total[c] = nothing ? 0 : 1 / total[c];
     }
+    columns_to_rows(ot, count, n.dim, total, out + first * out_token, out_token);
 }
 
 static size_t backward_scratch(const Shape& n) {
@@ -116,17 +168,16 @@ static void backward_head(const Shape& n, const float* q, long q_token, const fl
         columns(dout + first * out_token, out_token, count, n.dim, 1, dot);
         rows(q + first * q_token, q_token, count, QB, n.dim, qr, wide);
         rows(dout + first * out_token, out_token, count, QB, n.dim, dor, wide);
-        memset(dqt, 0, n.dim * QB * sizeof(float));
-        for (long c = 0; c < QB; c++) {
-            float product = 0;
-            if (c < count)
-                for (long d = 0; d < n.dim; d++)
-                    product += out[(first + c) * out_token + d] * dout[(first + c) * out_token + d];
-            rest[c] = product;
-            level[c] = c < count ? lse[first + c] : INF;  // infinity makes p = 0
+        columns(out + first * out_token, out_token, count, n.dim, 1, dqt);
+        for (long c = 0; c < across * W; c += W) {
+            V product = V{};
+            for (long d = 0; d < n.dim; d++) product += load(dqt + d * QB + c) * load(dot + d * QB + c);
+            store(rest + c, product);
+            for (long i = c; i < c + W; i++) level[i] = i < count ? lse[first + i] : INF;  // infinity makes p = 0
         }
-        for (long j = 0; j < n.keys; j += KB) {
-            const long keys = n.keys - j < KB ? n.keys - j : KB;
+        memset(dqt, 0, n.dim * QB * sizeof(float));
+        for (long j = 0, keys; j < n.keys; j += keys) {
+            keys = share(n.keys, j);
             gemm<false>(keys, across, n.dim, kr + j * n.dim, n.dim, 1, qt, QB, s, QB);
             gemm<false>(keys, across, n.dim, vr + j * n.dim, n.dim, 1, dot, QB, ds, QB);
             if (mask.data) add_mask(s, mask.at(b, h, first, j), mask.query, mask.key, count, keys);
@@ -141,8 +192,8 @@ static void backward_head(const Shape& n, const float* q, long q_token, const fl
             gemm<true>(keys, vectors, count, s, QB, 1, dor, wide, dvs + j * wide, wide);
             gemm<true>(keys, vectors, count, ds, QB, 1, qr, wide, dks + j * wide, wide);
         }
-        for (long c = 0; c < count; c++)
-            for (long d = 0; d < n.dim; d++) dq[(first + c) * d_token + d] = dqt[d * QB + c] * scale;
+        for (long c = 0; c < QB; c++) rest[c] = scale;
+        columns_to_rows(dqt, count, n.dim, rest, dq + first * d_token, d_token);
     }
     for (long j = 0; j < n.keys; j++)
         for (long d = 0; d < n.dim; d++) {

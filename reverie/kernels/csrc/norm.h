@@ -142,7 +142,7 @@ template <class T, bool SILU>
 static void norm_sums(const T* x, const T* dy, T* dx, long pixels, long channels, long from, long to,
                       const float* middle, const float* rstd, const float* a, const float* z, float* sum_dz,
                       float* sum_dzu, float* sum_u) {
-    const long rows = block_rows(channels);
+    const long fit = 4096 / channels, rows = fit < 4 ? 4 : fit > 128 ? 128 : fit;  // 16 KiB, and few for many channels
     for (long c = 0; c < to - from + W; c++) sum_dz[c] = sum_dzu[c] = sum_u[c] = 0;
     for (long first = 0; first < pixels; first += rows) {
         const long last = pixels - first < rows ? pixels : first + rows;
