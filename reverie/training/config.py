@@ -76,7 +76,7 @@ class TrainConfig(BaseModel):
     learned_variance: bool = option("diffusion", False, "learn the variance too; needs --objective hybrid or vlb")
     objective: Literal[
         "simple", "hybrid", "vlb", "consistency", "easy-consistency", "continuous-consistency", "mean-flow", "reflow",
-        "progressive",
+        "progressive", "latent-consistency",
     ] = option("diffusion", "simple", "L_simple, L_hybrid or L_vlb; or one of few steps")  # fmt: skip
     distance: Literal["l2", "l1", "huber"] = option("diffusion", "l2", "distance in L_simple")
     weight: str = option("diffusion", "uniform", "weight of the noise levels in L_simple: " + ", ".join(weights))
@@ -104,7 +104,7 @@ class TrainConfig(BaseModel):
         "optimiser", "constant", "learning rate after the warm-up"
     )
     decay_after: int | None = option(
-        "optimiser", None, "steps before inverse-sqrt sets in; a fifteenth of the run's, or 2000", ge=1
+        "optimiser", None, "steps before inverse-sqrt sets in; half of the run's, 70,000 at most", ge=1
     )
     weight_decay: float = option("optimiser", 0.0, "AdamW's weight decay", ge=0)
     beta2: float = option("optimiser", 0.99, "Adam's second moment", gt=0, lt=1)
@@ -137,6 +137,7 @@ class TrainConfig(BaseModel):
     sample_count: int = option("reports", 64, "images in a sample grid", ge=1, le=1024)
     validate_every: int = option("reports", 500, "steps between held-out losses; 0 for none", ge=0)
     log_every: int = option("reports", 10, "steps between lines of metrics.jsonl", ge=1)
+    profile: int | None = option("reports", None, "tell where the time of so many steps went", ge=1, le=1000)
     track: tuple[Literal["tensorboard", "wandb"], ...] = option("reports", (), "trackers beside metrics.jsonl")
 
     @model_validator(mode="after")
@@ -237,7 +238,7 @@ class TrainConfig(BaseModel):
         """Return the learning rate of a step (counted from 0): warm-up, then constant, 1/sqrt or a half cosine."""
         rise = min(1.0, (step + 1) / (self.warmup + 1))
         if self.decay == "inverse-sqrt":
-            after = self.decay_after or (max(1, self.total_steps // 15) if self.total_steps else 2000)
+            after = self.decay_after or min(70_000, max(1, (self.total_steps or 4000) // 2))
             return base * rise / math.sqrt(max(1.0, step / after))
         if self.decay == "constant" or self.steps is None:
             return base * rise
@@ -245,11 +246,11 @@ class TrainConfig(BaseModel):
 
 
 # Objectives of few steps by kind, what has no effect on any of them, and what a teacher settles.
-AVERAGED = ("consistency", "easy-consistency")
+AVERAGED = ("consistency", "easy-consistency", "latent-consistency")
 CURRICULUM = (*AVERAGED, "continuous-consistency")
 FEW_STEPS = (*CURRICULUM, "mean-flow", "reflow", "progressive")
 SLOPED = ("continuous-consistency", "mean-flow")
-TAUGHT = ("easy-consistency", "reflow", "progressive")
+TAUGHT = ("easy-consistency", "reflow", "progressive", "latent-consistency")
 IDLE = ("distance", "weight", "uncertainty", "validate_every", "sample_steps")
 TEACHERS = (
     "network", "preset", "widths", "layers", "attention", "head_dim", "time_scale_shift", "schedule", "timesteps",

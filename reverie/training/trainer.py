@@ -40,6 +40,7 @@ from reverie.training.metrics import Console, MetricsLog, Stream, imported, open
 from reverie.training.optimizers import flatten_optimizer, restore_optimizer
 from reverie.training.plan import make_plan
 from reverie.training.previews import png_bytes, preview, preview_path, to_tensor
+from reverie.training.profiling import Profile
 from reverie.training.setup import make_objective, make_times, merge
 from reverie.training.signals import StopRequest
 from reverie.training.snapshots import write_snapshot
@@ -245,10 +246,10 @@ class Run:
         progress = self.progress
         began = time.monotonic() - progress.seconds
         stream = self.batches.stream(progress.step)
-        bar = self.open_bar()
+        bar, profile = self.open_bar(), Profile(self.config.profile, self.say)
         try:
             while not self.finished() and not self.stop:
-                report = self.step(next(stream))
+                report = profile(lambda: self.step(next(stream)))
                 progress.seconds = time.monotonic() - began
                 self.note(report, bar)
                 self.milestones()
