@@ -37,6 +37,7 @@ RECORDED = (
     "guidance",
     "clip",
     "threshold",
+    "size",
     "dtype",
     "exact",
     "batch_size",
@@ -97,6 +98,7 @@ class Job:
             guidance=ask.guidance,
             clip=ask.clip,
             threshold=ask.threshold,
+            size=sides(ask.size),
             batch_size=ask.batch_size,
             exact=not ask.fast,
             intermediates=intermediates,
@@ -184,6 +186,19 @@ class Job:
         labels = [samples.class_of(i) or "" for samples in self.kept for i in range(len(samples))][:SHEET]
         columns = self.each if len(self.classes) > 1 and self.each <= 16 else None
         return images, columns, labels if self.classes else None
+
+
+def sides(text: str | None) -> tuple[int, int] | None:
+    """Return height and width, of width x height in words.
+
+    Example:
+        >>> sides("768x512"), sides("64")
+        ((512, 768), (64, 64))
+    """
+    if text is None:
+        return None
+    width, _, height = text.partition("x")
+    return int(height or width), int(width)
 
 
 def named_options(texts: Sequence[str]) -> dict[str, Any]:

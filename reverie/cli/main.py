@@ -31,6 +31,7 @@ COMMANDS = {
     "ema": "Average a run's weights over any length.",
     "tune": "Fit a solver to a model, for few evaluations.",
     "data": "Report on a data set, before training on it.",
+    "convert": "Write a model in another layout.",
     "inspect": "Say what a run, a model, a checkpoint or a picture is.",
     "doctor": "Say what this machine offers, and measure it.",
 }

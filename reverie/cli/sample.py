@@ -1,6 +1,7 @@
 """`reverie sample`: images from a model, each a PNG that says how it was made; or one of them made again."""
 
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -55,6 +56,7 @@ class SampleSettings(BaseModel):
     guidance: float | None = setting(
         "how", None, "weight of the class or prompt: 1 is no guidance", allow_inf_nan=False
     )
+    size: str | None = setting("how", None, "width x height in pixels, as 768x512, or one number for both")
     clip: bool | None = setting("how", None, "keep the estimate of the image within its range")
     threshold: float | None = setting("how", None, "dynamic thresholding at this quantile", gt=0, le=1)
 
@@ -72,6 +74,8 @@ class SampleSettings(BaseModel):
     @model_validator(mode="after")
     def check(self) -> "SampleSettings":
         """Refuse what does not go together."""
+        if self.size is not None and not re.fullmatch(r"\d{1,6}(x\d{1,6})?", self.size):
+            raise ValueError(f"size is {self.size!r}; it must be one number, or width x height, as 768x512")
         if self.times is not None and self.grid is not None:
             raise ValueError("--times is a grid by itself; leave out --grid")
         beside = sorted(self.model_fields_set - {"again", "out", "device"})
@@ -92,6 +96,7 @@ ALIASES = {
     "grid": ("--spacing", "--scheduler", "--timestep-spacing"),
     "prompt": ("-p",),
     "negative_prompt": ("--negative",),
+    "size": ("--resolution",),
     "guidance": ("--cfg-scale", "--guidance-scale"),
     "out": ("-o", "--output", "--output-dir"),
     "animate": ("--animation",),

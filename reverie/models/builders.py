@@ -11,7 +11,7 @@ from reverie.diffusion.denoisers import NetworkDenoiser
 from reverie.diffusion.predictions import EDMOutput, Prediction
 from reverie.diffusion.registry import predictions, schedules
 from reverie.diffusion.schedules import Schedule, Table
-from reverie.models.card import Card, ScheduleSpec, sentence
+from reverie.models.card import Card, ClipSpec, ScheduleSpec, sentence
 from reverie.networks import networks
 
 
@@ -68,12 +68,13 @@ def misfits(card: Card, config: Any) -> Iterator[str]:
         yield f"an image has the shape (C, H, W), not {card.shape}"
         return
     channels = card.shape[0]
+    inpaints = card.codec is not None and config.in_channels == 2 * channels + 1  # the mask and what it leaves
     wanted = {
-        "in_channels": channels,
+        "in_channels": config.in_channels if inpaints else channels,
         "out_channels": 2 * channels if card.learned_variance else channels,
         "num_class_embeds": card.labels,
         "class_embed_type": None,
-        "context_dim": None,
+        "context_dim": config.context_dim if isinstance(card.text, ClipSpec) else None,
     }
     for name, value in wanted.items():
         if getattr(config, name, value) != value:

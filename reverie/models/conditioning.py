@@ -125,8 +125,18 @@ def same_length(plan: SamplingPlan, conditioner: Conditioner | None) -> list[ran
     return found
 
 
-def guided(denoiser: Denoiser, said: Told, guidance: float | None) -> Denoiser:
-    """Return the denoiser with its condition bound to it, guided where that is asked for."""
+def guided(denoiser: Denoiser, said: Told, guidance: float | None, as_number: bool = False) -> Denoiser:
+    """Return the denoiser with its condition bound to it, guided where that is asked for.
+
+    Arguments:
+        denoiser: What is guided.
+        said: What the network is told, and what stands for nothing.
+        guidance: w; None for no condition.
+        as_number: Whether the network is told w, and does by itself what guidance does.
+    """
+    if as_number and guidance:
+        rows = next(iter(said.condition.values()))
+        return Conditioned(denoiser, {**said.condition, "guidance": torch.full((len(rows),), guidance).to(rows.device)})
     if said.nothing is None or guidance is None or guidance == 1:
         return Conditioned(denoiser, said.condition)
     if guidance == 0:

@@ -88,6 +88,7 @@ class SamplingPlan:
         batch_size: Samples that go through the steps together.
         calls: How often the sampler asks the denoiser.
         kept: The steps after which the state is kept.
+        guidance_told: Whether the network is told w as a number, and asked once.
         prompts: The prompt of each sample; None for a model that takes none.
         negatives: What each is guided away from; None for a model that takes no prompts.
         size: Height and width of the pictures in pixels; (0, 0) where samples are no pictures.
@@ -110,6 +111,7 @@ class SamplingPlan:
     batch_size: int
     calls: int
     kept: tuple[int, ...] = ()
+    guidance_told: bool = False
     prompts: tuple[str, ...] | None = None
     negatives: tuple[str, ...] | None = None
     size: tuple[int, int] = (0, 0)
@@ -127,7 +129,7 @@ class SamplingPlan:
     @property
     def guided(self) -> bool:
         """Whether each evaluation asks the network twice: with the class or prompt and without."""
-        return self.guidance is not None and self.guidance not in (0.0, 1.0)
+        return not self.guidance_told and self.guidance is not None and self.guidance not in (0.0, 1.0)
 
     @property
     def evaluations(self) -> int:
@@ -254,6 +256,7 @@ def make_plan(
         batch_size=settle_batch_size(shape, len(seeds), batch_size),
         calls=rule.count(denoiser.schedule, times),
         kept=settle_kept(intermediates, len(times) - 1),
+        guidance_told="guidance" in card.network.config.get("numbers", ()),
         prompts=prompts,
         negatives=negatives,
         size=pixels,

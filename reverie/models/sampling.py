@@ -140,7 +140,7 @@ def prepared(
     if plan.bucket is not None:
         core = FixedBatch(core, plan.bucket)
     if (said := told(plan, rows, conditioner, device)) is not None:
-        core = guided(core, said, plan.guidance)
+        core = guided(core, said, plan.guidance, plan.guidance_told)
     if plan.threshold is not None and plan.clip is not None:
         return Thresholded(core, plan.threshold, plan.clip)
     return core if plan.clip is None else Clipped(core, plan.clip)

@@ -20,7 +20,9 @@ formats = Registry(
     {
         "run": f"{_HERE}.run_folder:RunFolder",
         "checkpoint": f"{_HERE}.run_folder:CheckpointFolder",
+        "stable-diffusion": f"{_HERE}.stable_diffusion:StableDiffusionFolder",
         "diffusers": f"{_HERE}.diffusers_folder:DiffusersFolder",
+        "original": f"{_HERE}.original:OriginalFile",
         "native": f"{_HERE}.native_folder:NativeFolder",
         "edm2-pickle": f"{_HERE}.edm2_pickle:EDM2Pickle",
         "single-file": f"{_HERE}.single_file:SingleFile",

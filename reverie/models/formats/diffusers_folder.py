@@ -256,34 +256,36 @@ def sample_size(network: UNetConfig, unet: Path) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
-def listed(unet: Path) -> list[Path]:
-    """Return the files in a unet's folder that hold weights, or say where they are."""
-    return sorted(p for p in unet.glob(f"{WEIGHTS}*") if p.suffix in (".safetensors", ".json", ".bin"))
+def listed(unet: Path, stem: str = WEIGHTS) -> list[Path]:
+    """Return the files in a part's folder that hold weights, or say where they are."""
+    return sorted(p for p in unet.glob(f"{stem}*") if p.suffix in (".safetensors", ".json", ".bin"))
 
 
-def weight_files(unet: Path, scratch: Path) -> list[Path]:
+def weight_files(unet: Path, scratch: Path, stem: str = WEIGHTS) -> list[Path]:
     """Return the safetensors files that hold the weights: the full ones, a variant's (fp16), or shards.
 
     Arguments:
         unet: The folder.
         scratch: Where PyTorch's pickle, if there is nothing else, may be turned into one.
+        stem: How the files' names begin.
 
     Raises:
         ModelFileError: There are none, or it is not clear which, or they lie outside the folder.
     """
-    there = [p.name for p in listed(unet)]
+    there = [p.name for p in listed(unet, stem)]
     whole = [name for name in there if name.endswith(".safetensors") and "-of-" not in name]
     indices = [name for name in there if name.endswith(".json") and ".safetensors.index" in name]
     for names in (whole, indices):
-        plain = [name for name in names if name in (f"{WEIGHTS}.safetensors", f"{WEIGHTS}.safetensors.index.json")]
+        plain = [name for name in names if name in (f"{stem}.safetensors", f"{stem}.safetensors.index.json")]
         if chosen := plain or names:
             if len(chosen) > 1:
                 raise ModelFileError(f"{unet} has the variants {', '.join(chosen)}; keep one of them in the folder")
             path = inside(unet, chosen[0])
             return [path] if names is whole else shards(unet, path)
-    if f"{WEIGHTS}.bin" in there:
-        return [as_safetensors(inside(unet, f"{WEIGHTS}.bin"), scratch / "weights.safetensors")]
-    raise ModelFileError(f"{unet} has no {WEIGHTS}.safetensors; what is there: {first(there) or 'no weights at all'}")
+    pickled = f"{stem}.bin" if stem == WEIGHTS else f"pytorch_{stem}.bin"  # of transformers' parts
+    if (unet / pickled).is_file():
+        return [as_safetensors(inside(unet, pickled), scratch / f"{unet.name}.safetensors")]
+    raise ModelFileError(f"{unet} has no {stem}.safetensors; what is there: {first(there) or 'no weights at all'}")
 
 
 def shards(unet: Path, index: Path) -> list[Path]:

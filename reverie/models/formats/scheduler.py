@@ -42,6 +42,50 @@ VARIANCES = {
     "learned_range": "learned",
 }
 CLASSES = ("DDPMScheduler", "DDIMScheduler", "DDPMParallelScheduler", "DDIMParallelScheduler")
+# diffusers' other schedulers, and the sampler that each is here.
+SOLVERS = {
+    "PNDMScheduler": "pndm",
+    "EulerDiscreteScheduler": "euler",
+    "EulerAncestralDiscreteScheduler": "euler-ancestral",
+    "HeunDiscreteScheduler": "heun",
+    "KDPM2DiscreteScheduler": "dpm2",
+    "KDPM2AncestralDiscreteScheduler": "dpm2-ancestral",
+    "LMSDiscreteScheduler": "lms",
+    "DPMSolverMultistepScheduler": "dpmpp-2m",
+    "DPMSolverSinglestepScheduler": "dpmpp-2s",
+    "DPMSolverSDEScheduler": "dpmpp-2s",
+    "UniPCMultistepScheduler": "unipc",
+    "DEISMultistepScheduler": "deis",
+}
+# Their settings, with the values that mean what the sampler does here; None where any value is passed over.
+SOLVER_SETTINGS: dict[str, tuple[Any, ...] | None] = {
+    "skip_prk_steps": (True,),
+    "interpolation_type": ("linear",),
+    "use_karras_sigmas": (False, True, None),  # read: the grid
+    "use_exponential_sigmas": (False, None),
+    "use_beta_sigmas": (False, None),
+    "use_lu_lambdas": (False, None),
+    "use_flow_sigmas": (False, None),
+    "flow_shift": None,
+    "final_sigmas_type": ("zero", None),
+    "timestep_type": ("discrete",),
+    "sigma_min": (None,),
+    "sigma_max": (None,),
+    "solver_order": (2,),
+    "solver_type": ("midpoint", "bh2", "logrho"),
+    "algorithm_type": ("dpmsolver++", "deis"),
+    "lower_order_final": None,
+    "euler_at_final": (False,),
+    "lambda_min_clipped": None,
+    "predict_x0": (True,),
+    "disable_corrector": ([],),
+    "solver_p": (None,),
+    "use_dynamic_shifting": (False,),
+    "time_shift_type": None,
+    "noise_sampler_seed": None,
+}
+# What pipelines of Stable Diffusion carry on from one scheduler to the next, where it means nothing.
+PASSED_ON = ("skip_prk_steps", "interpolation_type", "use_karras_sigmas")
 DEFAULTS: dict[str, Any] = {
     "num_train_timesteps": 1000,
     "beta_start": 1e-4,
@@ -142,12 +186,17 @@ def read_scheduler(config: Mapping[str, Any]) -> Reading:
         'v'
     """
     kind = config.get("_class_name", "DDPMScheduler")
-    if kind not in CLASSES:
-        raise ModelFileError(f"the scheduler is a {str(kind)[:100]}; the ones that are read are {', '.join(CLASSES)}")
-    unknown = [name for name in config if name not in DEFAULTS and not name.startswith("_")]
+    if kind not in CLASSES and kind not in SOLVERS:
+        known = ", ".join((*CLASSES, *SOLVERS))
+        raise ModelFileError(f"the scheduler is a {str(kind)[:100]}; the ones that are read are {known}")
+    also = SOLVER_SETTINGS.keys() if kind in SOLVERS else PASSED_ON
+    unknown = [name for name in config if name not in DEFAULTS and name not in also and not name.startswith("_")]
     if unknown:
         raise ModelFileError(f"the {kind} has an unknown setting {unknown[0][:100]!r}{nearest(unknown[0], DEFAULTS)}")
     settings = DEFAULTS | {name: value for name, value in config.items() if name in DEFAULTS}
+    if kind in SOLVERS:
+        # None of them clips; a solver that has no spacing of its own counts as DDIM does.
+        settings |= {"clip_sample": False, "variance_type": "fixed_small"}
     check_numbers(settings)
     theirs = {there: here for here, there in PREDICTIONS.items()}
     prediction = theirs.get(choice(settings, "prediction_type", theirs))
@@ -155,12 +204,33 @@ def read_scheduler(config: Mapping[str, Any]) -> Reading:
     try:
         schedule = read_schedule(settings)
         build_schedule(schedule)
-        sampling = read_sampling(settings, "ddim" if "DDIM" in kind else "ddpm", variance)
+        sampling = read_sampling(settings, SOLVERS.get(kind, "ddim" if "DDIM" in kind else "ddpm"), variance)
+        if kind in SOLVERS and config.get("use_karras_sigmas"):
+            sampling = sampling.model_copy(update={"grid": "karras", "options": {}})
     except ValidationError as error:
         raise ModelFileError(f"the settings of the {kind} are not sound: {sentence(error)}") from None
     except UsageError as error:
         raise ModelFileError(f"the settings of the {kind} are not sound: {error}") from None
-    return Reading(schedule, prediction or "eps", variance == "learned", sampling, tuple(differences(settings)))
+    return Reading(
+        schedule,
+        prediction or "eps",
+        variance == "learned",
+        sampling,
+        (*differences(settings), *passed_over(kind, config)),
+    )
+
+
+def passed_over(kind: str, config: Mapping[str, Any]) -> list[str]:
+    """Return which settings of a solver's mean something else than its sampler does here, in sentences."""
+    if kind not in SOLVERS:
+        return []
+    found = []
+    for name, same in SOLVER_SETTINGS.items():
+        if name in config and same is not None and config[name] not in same:
+            found.append(
+                f"the scheduler's {name} is {str(config[name])[:40]!r}; the sampler {SOLVERS[kind]} goes its own way"
+            )
+    return found
 
 
 def check_numbers(settings: Mapping[str, Any]) -> None:

@@ -448,7 +448,7 @@ def test_what_is_not_stable_diffusion_is_refused_in_one_line(files, family, chan
 
 
 ENDS = ["weight", "0", "1.weight", "{}", "", "qkv.{}", "{0.__class__}"]
-SHAPES = st.lists(st.sampled_from([0, 1, 3, 5, 64, 2**40]), max_size=5).map(tuple)
+SHAPES = st.lists(st.sampled_from([0, 1, 3, 5, 64, 2**10]), max_size=5).map(tuple)
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
