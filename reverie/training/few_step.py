@@ -1,7 +1,9 @@
 """What a run of few steps has beside any other: a teacher, an averaged target, a card that says how it is sampled."""
 
 from copy import deepcopy
+from typing import Any
 
+import torch
 from torch import nn
 
 from reverie.base.errors import ModelFileError, UsageError
@@ -10,15 +12,17 @@ from reverie.diffusion.denoisers import Denoiser, NetworkDenoiser
 from reverie.diffusion.few_step.consistency import Consistency
 from reverie.diffusion.few_step.continuous_consistency import ContinuousConsistency
 from reverie.diffusion.few_step.easy_consistency import EasyConsistency
+from reverie.diffusion.few_step.latent_consistency import LatentConsistency
 from reverie.diffusion.few_step.mean_flow import MeanFlow
 from reverie.diffusion.few_step.progressive import Progressive
 from reverie.diffusion.few_step.reflow import Reflow
 from reverie.diffusion.objectives import Objective, Simple
 from reverie.diffusion.schedules import Schedule
 from reverie.diffusion.times import LogNormalTimes, TimeSampler, UniformTimes
-from reverie.models.card import Card, DataRecord, SamplingDefaults
+from reverie.models.card import Card, DataRecord, NetworkSpec, SamplingDefaults
 from reverie.models.load import load
 from reverie.models.model import Model
+from reverie.networks.numbered import Numbered
 from reverie.training.config import CURRICULUM, TrainConfig
 from reverie.training.ema import EMA
 
@@ -31,6 +35,7 @@ SAMPLING = {name: SamplingDefaults(sampler="consistency", grid="angle", steps=2)
     "mean-flow": SamplingDefaults(sampler="mean-flow", steps=1),
     "reflow": SamplingDefaults(steps=2),
     "progressive": SamplingDefaults(steps=STUDENT),
+    "latent-consistency": SamplingDefaults(sampler="consistency", grid="angle", steps=4, guidance=2.0),
 }
 
 
@@ -65,6 +70,10 @@ def student_card(config: TrainConfig, dataset: Dataset, teacher: Model, data: Da
     if card.classes and (not config.labels or dataset.classes != card.classes):
         raise UsageError(f"the teacher has {len(card.classes)} classes; {dataset.name} as it is read here has others")
     network = card.network.model_copy(update={"config": card.network.config | {"dropout": config.dropout}})
+    if config.objective == "latent-consistency":
+        if not card.classes or not card.unconditional or network.name != "unet":
+            raise UsageError(f"the teacher {config.teacher} is no U-Net that was trained for guidance to classes")
+        network = NetworkSpec(name="numbered", config={"numbers": ["guidance"], "unet": network.config})
     changes = {"network": network, "data": data, "training": None, "code": code, "teacher": teacher.digest}
     sampling = SAMPLING[config.objective]
     if config.student_steps is not None:
@@ -78,8 +87,12 @@ def start_from(network: nn.Module, teacher: Model) -> None:
     Raises:
         ModelFileError: They are not those of such a network.
     """
+    state = dict(teacher.denoiser.network.state_dict())
+    if isinstance(network, Numbered):  # the weights of what its number does are at zero, and not the teacher's
+        own = {name: value for name, value in network.inner.state_dict().items() if "cond_proj" in name}
+        network, state = network.inner, state | own
     try:
-        network.load_state_dict(teacher.denoiser.network.state_dict())
+        network.load_state_dict(state)
     except RuntimeError as error:
         raise ModelFileError(f"the teacher's weights do not fit its card: {str(error).splitlines()[0]}") from None
 
@@ -118,11 +131,15 @@ def make_few_step(config: TrainConfig, teacher: NetworkDenoiser | None, target: 
         return Reflow(teacher, Simple(teacher.prediction))
     if config.objective == "progressive" and teacher is not None:
         return Progressive(teacher, config.student_steps or STUDENT)
+    if config.objective == "latent-consistency" and teacher is not None:
+        network: Any = teacher.network
+        nothing = {"label": torch.tensor([network.config.num_class_embeds - 1])}  # the label beyond the classes
+        return LatentConsistency(teacher, nothing, target=target)
     return Consistency(steps, teacher, target=target)
 
 
 def few_step_times(config: TrainConfig, schedule: Schedule) -> TimeSampler:
     """Return the times that an objective of few steps is trained on where none are asked for."""
-    if config.objective in CURRICULUM:
+    if config.objective in (*CURRICULUM, "latent-consistency"):
         return LogNormalTimes(schedule, *LEVELS)
     return LogNormalTimes(schedule, *SPANS) if config.objective == "mean-flow" else UniformTimes(schedule)

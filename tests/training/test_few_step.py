@@ -175,6 +175,25 @@ def test_mean_flow_goes_on_in_more_steps_guided_and_other_models_refuse_it(tmp_p
         load(teacher).plan(1, sampler="mean-flow")
 
 
+def test_a_latent_consistency_student_begins_as_its_teacher_and_is_told_the_guidance(tmp_path, teacher):
+    settings = settings_of("latent-consistency", teacher)
+    run = Run(TrainConfig(out=str(tmp_path / "run"), **settings, steps=2), False, Console(io.StringIO()))
+    x, time, label = torch.randn(3, 1, 8, 8), torch.tensor([5.0, 300.0, 999.0]), torch.tensor([1, 2, 10])
+    guidance = torch.tensor([1.0, 3.0, 7.0])
+    due = run.teacher.denoiser.network(x, time, label=label)
+    torch.testing.assert_close(run.network(x, time, label=label, guidance=guidance), due, rtol=1e-4, atol=1e-5)
+    go(tmp_path / "run", steps=2, **settings)
+    model = load(tmp_path / "run")
+    plan = model.plan(2, classes=[1, 2])
+    assert (plan.guidance, plan.evaluations, plan.steps) == (2.0, 4, 4)
+    told = []
+    model.denoiser.network.register_forward_pre_hook(lambda _, x, names: told.append(names), with_kwargs=True)
+    model.sample(2, classes=[1, 2], guidance=3.0, steps=1)
+    assert [(set(t), float(t["guidance"].min()), float(t["guidance"].max())) for t in told] == [
+        ({"label", "guidance"}, 3.0, 3.0)
+    ]
+
+
 def test_a_teacher_of_other_data_is_refused(teacher):
     config = TrainConfig(out="x", objective="easy-consistency", teacher=teacher)
     shapes = open_dataset("shapes", size=16)
