@@ -53,13 +53,13 @@ class Factors(NamedTuple):
         pixels = self.down.shape[2:] if self.mid is None else self.mid.shape[2:]
         return (self.up.shape[0], self.down.shape[1], *pixels)
 
-    def product(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Return scale B A, or scale B T A, in the shape of the weight: equations (1) and (2)."""
-        up = self.up.flatten(1).to(dtype)
+    def added(self, weight: Tensor, factor: float = 1.0) -> Tensor:
+        """Return a weight with the change added, times a factor: equations (1) and (2)."""
+        up, down = (matrix.flatten(1).to(weight) for matrix in (self.up, self.down))
         if self.mid is None:
-            return self.scale * (up @ self.down.flatten(1).to(dtype)).reshape(self.shape)
-        mid, down = self.mid.to(dtype), self.down.flatten(1).to(dtype)
-        return self.scale * torch.einsum("om,mnkl,ni->oikl", up, mid, down)
+            return torch.addmm(weight.flatten(1), up, down, alpha=factor * self.scale).reshape(weight.shape)
+        change = torch.einsum("om,mnkl,ni->oikl", up, self.mid.to(weight), down)
+        return weight + factor * self.scale * change.reshape(weight.shape)
 
 
 def updated(weight: Tensor, updates: Iterable[tuple[float, Factors]]) -> Tensor:
@@ -73,7 +73,7 @@ def updated(weight: Tensor, updates: Iterable[tuple[float, Factors]]) -> Tensor:
     total = weight.to(wide)
     with torch.autocast(weight.device.type, enabled=False):  # what is trained is what is merged
         for factor, change in updates:
-            total = total + factor * change.product(wide).reshape(weight.shape).to(weight.device)
+            total = change.added(total, factor)
     return total.to(weight.dtype)
 
 
