@@ -100,12 +100,16 @@ class LogNormalTimes(TimeSampler):
         self.schedule, self.mean, self.std = schedule, mean, std
 
     def __call__(self, count: int, *key: int | str) -> Draw:
-        u = stratified(count, *key).clamp(1e-9, 1 - 1e-9)
+        t = self.at(stratified(count, *key).clamp(1e-9, 1 - 1e-9))
+        return Draw(t, torch.ones_like(t))
+
+    def at(self, u: Times) -> Times:
+        """Return the times at quantiles u (B,) in (0, 1)."""
         level = self.mean + self.std * torch.special.ndtri(u)
         t = self.schedule.time(-2 * level).clamp(self.schedule.t_min, 1)
         if isinstance(self.schedule, Table):
             t = self.schedule.time_of_timestep(self.schedule.timestep(t).round())
-        return Draw(t, torch.ones_like(t))
+        return t
 
 
 class ImportanceTimes(TimeSampler):

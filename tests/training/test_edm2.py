@@ -8,6 +8,8 @@ import torch
 from pydantic import ValidationError
 
 from reverie.base.errors import ModelFileError, StorageError, UsageError
+from reverie.diffusion.schedules import EDM as EDM_SCHEDULE
+from reverie.diffusion.schedules import Flow
 from reverie.models.checkpoints import CheckpointStore
 from reverie.models.load import load
 from reverie.networks.edm2_layers import EPS, magnitude
@@ -18,6 +20,7 @@ from reverie.training.metrics import Console
 from reverie.training.power import Profile, combine
 from reverie.training.snapshots import find_snapshots, rebuild, reconstruct
 from reverie.training.trainer import Run, train
+from reverie.training.validation import level_times
 
 QUICK = {
     "network": "edm2", "widths": (8, 8), "layers": 1, "batch_size": 8, "save_every": 3, "sample_every": 0,
@@ -147,6 +150,14 @@ def test_without_its_u_a_checkpoint_is_another_run(tmp_path):
     go(tmp_path / "r", steps=3, uncertainty=False)
     with pytest.raises(ModelFileError, match="uncertainty is False there, True here"):
         go(tmp_path / "r", "yes", steps=5, uncertainty=True)
+
+
+def test_the_held_out_loss_looks_where_edm_trains():
+    """The middles of ten parts, equally likely, of ln sigma ~ N(-1.2, 1.2^2); elsewhere parts of time."""
+    levels = (80 * level_times(EDM_SCHEDULE())).log()
+    assert float(levels.mean()) == pytest.approx(-1.2, abs=1e-6)
+    assert float((levels < -1.2 + 1.2 * 0.6745).double().mean()) == pytest.approx(0.75, abs=0.06)
+    assert level_times(Flow()).tolist() == pytest.approx([0.05 + 0.1 * k for k in range(10)])
 
 
 # Snapshots -----------------------------------------------------------------------------------------
