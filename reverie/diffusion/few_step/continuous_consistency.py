@@ -40,7 +40,8 @@ class ContinuousConsistency(Objective):
     Arguments:
         warmup: Steps over which w of (2) rises from 0 to 1.
         teacher: Whose ODE is distilled; None for consistency training.
-        constant: c of (3): the larger, the less is normalised.
+        constant: c of (3): the larger, the less is normalised. The paper's 0.1 is for the length of g, which is the
+            root of its size times longer than its rms.
 
     Raises:
         UsageError: A number is out of its range.
@@ -52,7 +53,7 @@ class ContinuousConsistency(Objective):
 
     denoises = False
 
-    def __init__(self, warmup: int = 1000, teacher: Denoiser | None = None, constant: float = 0.1) -> None:
+    def __init__(self, warmup: int = 1000, teacher: Denoiser | None = None, constant: float = 0.002) -> None:
         if warmup < 0 or not constant > 0:
             raise UsageError(f"warmup is {warmup} and constant {constant}; they must be at least 0, and above 0")
         self.warmup, self.teacher, self.constant = warmup, teacher, constant
