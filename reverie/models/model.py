@@ -15,6 +15,7 @@ from reverie.base.errors import NonFiniteError, UsageError
 from reverie.diffusion.denoisers import NetworkDenoiser
 from reverie.diffusion.samplers.base import Sampler
 from reverie.models.card import Card
+from reverie.models.codec import Codec
 from reverie.models.conditioning import Conditioner, build_conditioner
 from reverie.models.plan import SamplingPlan, make_plan
 from reverie.models.sampling import Intermediate, Progress, execute
@@ -51,7 +52,7 @@ class Model:
         origin: Mapping[str, str] | None = None,
         warnings: Sequence[str] = (),
         conditioner: Conditioner | None = None,
-        codec: Any = None,
+        codec: Codec | None = None,
     ) -> None:
         self.codec = codec
         self.conditioner = conditioner or build_conditioner(card, denoiser.network)

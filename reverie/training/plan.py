@@ -71,7 +71,7 @@ class Plan:
         network = self.card.network.config
         network = network.get("unet", network)
         classes = f", {len(self.card.classes)} classes" if self.card.classes else ""
-        text = self.card.text
+        text = self.card.text if isinstance(self.card.text, WordsSpec) else None
         arithmetic = "float32" if self.dtype is None else "bfloat16"
         data = self.card.data
         lines = [

@@ -12,6 +12,7 @@ from reverie.base.errors import ModelFileError
 from reverie.models.card import Card, ClipSpec, CodecSpec, NetworkSpec, SamplingDefaults, parse_card
 from reverie.models.clip_conditioner import ClipConditioner
 from reverie.models.clip_tokens import Tokens, clip_part
+from reverie.models.codec import build_codec
 from reverie.models.formats.base import build_unfilled
 from reverie.models.formats.scheduler import Reading
 from reverie.models.formats.weights import fill
@@ -57,8 +58,6 @@ def assemble(parts: Parts) -> Model:
         ModelFileError: A part is missing, or of another model.
         UsageError: transformers is not installed.
     """
-    from reverie.models.codec import build_codec
-
     card = make_card(parts)
     denoiser = build_unfilled(card, parts.where)
     fill(denoiser.network, renamed(parts.tensors(UNET)), f"{parts.where}: {UNET}")
@@ -69,7 +68,9 @@ def assemble(parts: Parts) -> Model:
     fill(codec.network, renamed(parts.tensors(VAE)), f"{parts.where}: {VAE}")
     encoders, tokens = [], []
     for name in texts_of(parts):
-        encoder = text_encoder(parts.configs[name], parts.where, pooled=name == TEXTS[1])
+        # Where the text ends, as the tokenizer says: configurations of old say 2, of which nothing is meant.
+        config = {**parts.configs[name], "eos_token_id": int(parts.tokenizers[name].eos_token_id)}
+        encoder = text_encoder(config, parts.where, pooled=name == TEXTS[1])
         fill_text(encoder, parts.tensors(name), f"{parts.where}: {name}")
         encoders.append(encoder)
         places = int(parts.configs[name].get("max_position_embeddings", 77))

@@ -75,11 +75,11 @@ def unet(cross: int, **settings: object) -> UNet2DConditionModel:
     return UNet2DConditionModel(**plan)
 
 
-def vae() -> AutoencoderKL:
+def vae(scale: float = 0.18215) -> AutoencoderKL:
     """Return a small autoencoder with random weights, 4 pixels to a latent."""
     return AutoencoderKL(
         block_out_channels=(32, 32, 64), layers_per_block=1, latent_channels=4, norm_num_groups=32, sample_size=32,
-        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
+        scaling_factor=scale, down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
     )  # fmt: skip
 
 
@@ -105,7 +105,7 @@ def stable_diffusion_xl(folder: Path) -> StableDiffusionXLPipeline:
         "block_out_channels": (64, 128),
     }  # fmt: skip
     pipeline = StableDiffusionXLPipeline(
-        vae=vae(), text_encoder=text_encoder(64, pooled=False), text_encoder_2=text_encoder(64, pooled=True),
+        vae=vae(0.13025), text_encoder=text_encoder(64, pooled=False), text_encoder_2=text_encoder(64, pooled=True),
         tokenizer=tokenizer(folder / "tokenizer"), tokenizer_2=tokenizer(folder / "tokenizer_2", "!"),
         unet=unet(128, **added), scheduler=scheduler(),
     )  # fmt: skip

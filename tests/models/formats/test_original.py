@@ -9,15 +9,8 @@ from reverie.models.formats import read_model, recognise
 from reverie.models.formats.latent_diffusion import layout_of, to_original
 
 FAMILIES = {"sd1": ("text_encoder",), "sd2": ("text_encoder",), "sdxl": ("text_encoder", "text_encoder_2")}
-HOW = {
-    "sampler": "ddim",
-    "grid": "trailing",
-    "steps": 3,
-    "guidance": 3.0,
-    "prompt": "a red cat",
-    "seed": 2,
-    "exact": False,
-}
+HOW = {"sampler": "ddim", "grid": "trailing", "steps": 3, "guidance": 3.0, "prompt": "a red cat"}
+HOW |= {"seed": 2, "size": 32, "exact": False}
 
 
 def original(folder, family):
