@@ -23,6 +23,7 @@ from reverie.models.sampling import Progress, SamplingPlan, memory_needed
 from reverie.training.metrics import Console
 
 if TYPE_CHECKING:
+    from reverie.cli.edit import EditSettings
     from reverie.cli.sample import SampleSettings
 
 SHEET = 144  # pictures on a contact sheet, at most
@@ -244,6 +245,41 @@ def progress_bar(total: int) -> Iterator[Tick]:
     options = {"mininterval": every, "unit": " pictures", "delay": 1e-3}
     with tqdm(total=total, file=Console(sys.stderr), bar_format=shape, **options) as bar:
         yield lambda progress, steps: bar.update(len(progress.state.x) / steps)
+
+
+# Editing --------------------------------------------------------------------------------------
+
+
+def edit(settings: "EditSettings", path: str, image: str) -> dict[str, Any]:
+    """Draw a picture anew, write what comes of it, and return what was made."""
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    model = load(path, device=settings.device, ema=settings.ema)
+    first = secrets.randbelow(2**32) if settings.seed in (None, -1) else settings.seed
+    how = {
+        name: getattr(settings, name) for name in ("prompt", "negative_prompt", "sampler", "steps", "grid", "guidance")
+    }
+    how |= {"classes": settings.class_, "mask": settings.mask, "strength": settings.strength, "seed": first}
+    with progress_bar(settings.n) as tick:
+        samples = model.edit(
+            image,
+            settings.n,
+            callback=lambda progress: tick(progress, progress.total),
+            **how,
+            **named_options(settings.set_),
+        )
+    for warning in model.warnings:
+        note(f"warning: {warning}")
+    files = write_pictures(samples, settings.out)
+    record = samples.record
+    return {
+        "model": model.source,
+        "files": [str(file) for file in files],
+        "seeds": samples.seeds.tolist(),
+        "prompt": settings.prompt,
+        "edit": record["edit"],
+        "settings": {name: record[name] for name in (*RECORDED, "strength")},
+    }
 
 
 # Making again ---------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
 COMMANDS = {
     "train": "Train a model on images.",
     "sample": "Make images with a model.",
+    "edit": "Draw a picture anew, the whole of it or a part.",
     "ema": "Average a run's weights over any length.",
     "tune": "Fit a solver to a model, for few evaluations.",
     "data": "Report on a data set, before training on it.",

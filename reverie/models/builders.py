@@ -68,9 +68,10 @@ def misfits(card: Card, config: Any) -> Iterator[str]:
         yield f"an image has the shape (C, H, W), not {card.shape}"
         return
     channels = card.shape[0]
-    inpaints = card.codec is not None and config.in_channels == 2 * channels + 1  # the mask and what it leaves
+    fills = config.in_channels == 2 * channels + 1 if card.kind == "image" else False
     wanted = {
-        "in_channels": config.in_channels if inpaints else channels,
+        # Of a network that fills in, also a mask and what it leaves of the picture.
+        "in_channels": config.in_channels if fills else channels,
         "out_channels": 2 * channels if card.learned_variance else channels,
         "num_class_embeds": card.labels,
         "class_embed_type": None,

@@ -17,6 +17,7 @@ from reverie.diffusion.samplers.base import Sampler
 from reverie.models.card import Card
 from reverie.models.codec import Codec
 from reverie.models.conditioning import Conditioner, build_conditioner
+from reverie.models.editing import Original, Picture, give, padded_size, read_original
 from reverie.models.plan import SamplingPlan, make_plan
 from reverie.models.sampling import Intermediate, Progress, execute
 
@@ -157,14 +158,84 @@ class Model:
         )  # fmt: skip
         return self.execute(plan, callback)
 
-    def execute(self, plan: SamplingPlan, callback: Callable[[Progress], None] | None = None) -> "Samples":
-        """Carry out a plan that `plan` made."""
-        x, passed = execute(self.denoiser, plan, callback, self.conditioner)
+    def edit(
+        self,
+        image: Picture,
+        n: int = 1,
+        *,
+        mask: Picture | None = None,
+        strength: float | None = None,
+        callback: Callable[[Progress], None] | None = None,
+        **request: Any,
+    ) -> "Samples":
+        """Draw samples that start from a picture: the whole of it, or what a mask leaves to be made anew.
+
+        Arguments:
+            image: The picture: a path, a Pillow image, or a tensor (C, H, W). Of any size: it is continued to what
+                the model needs, and cut back.
+            n: How many.
+            mask: White where it is to be made anew; the rest comes back as it was, bit for bit.
+            strength: The time that it is taken back to, in [0, 1]: 0 leaves it as it is. 0.8, or 1 with a mask.
+            callback: Called after every step; what it raises ends the sampling.
+            request: As `sample` takes it: prompt, seed, steps, guidance, ...
+
+        Raises:
+            UsageError: Something is out of range, unknown, or would have no effect; a mask of another size.
+            DataError: The picture can't be read.
+        """
+        original = self.original(image, mask)
+        strength = (0.8 if original.mask is None else 1.0) if strength is None else strength
+        if strength == 0:
+            plan = self.plan_edit(original, n, strength=1e-9, **request)
+            same = (original.pixels.float() / 127.5 - 1).expand(plan.n, -1, -1, -1)
+            return Samples(
+                same.clone(), torch.tensor(plan.seeds), None, self.record(plan) | {"edit": original.record()}
+            )
+        return self.execute(self.plan_edit(original, n, strength=strength, **request), callback, original)
+
+    def original(self, image: Picture, mask: Picture | None = None) -> Original:
+        """Return a picture and its mask as this model takes them."""
+        if self.card.kind != "image":
+            raise UsageError(f"this is a model of {self.card.kind}; it edits no pictures")
+        channels = 3 if self.codec else self.card.shape[0]
+        found = read_original(image, mask, channels)
+        if self.fills and found.mask is None:
+            raise UsageError("this model was trained to fill in; give a mask, white where it is to draw")
+        return found
+
+    @property
+    def fills(self) -> bool:
+        """Whether the network was trained to fill in: it sees the mask and what it leaves beside its input."""
+        config = getattr(self.denoiser.network, "config", None)
+        return self.card.kind == "image" and getattr(config, "in_channels", 0) > self.card.shape[0]
+
+    def plan_edit(self, original: Original, n: int, **request: Any) -> SamplingPlan:
+        """Return what `edit` would do with the same arguments, without doing it."""
+        if "size" in request and request["size"] is not None:
+            raise UsageError("size has no effect here: an edit has the size of its picture")
+        request["size"] = padded_size(original.size, self.codec.factor if self.codec else 1)
+        return self.plan(n, **request)
+
+    def execute(
+        self,
+        plan: SamplingPlan,
+        callback: Callable[[Progress], None] | None = None,
+        original: Original | None = None,
+    ) -> "Samples":
+        """Carry out a plan that `plan` made, or `plan_edit` for a picture."""
+        if self.fills and original is None:
+            raise UsageError("this model was trained to fill in: give it a picture and a mask (reverie edit)")
+        given = None if original is None else give(original, self.codec, self.device, self.fills)
+        x, passed = execute(self.denoiser, plan, callback, self.conditioner, given)
         labels = None if plan.labels is None else torch.tensor(plan.labels)
         if self.codec is not None:
             x, passed = self.decoded(x), tuple(replace(one, x0=self.decoded(one.x0)) for one in passed)
         images = x.clamp(-1, 1) if self.card.kind == "image" else x
-        return Samples(images, torch.tensor(plan.seeds), labels, self.record(plan), passed)
+        record = self.record(plan)
+        if original is not None:
+            images = original.pasted(images[:, :, : original.size[0], : original.size[1]])
+            record["edit"] = original.record()
+        return Samples(images, torch.tensor(plan.seeds), labels, record, passed)
 
     def decoded(self, latents: Tensor) -> Tensor:
         """Return the pictures (n, C, H, W) of latents, on the CPU, each decoded by itself."""
@@ -185,6 +256,7 @@ class Model:
             "prompts": None if plan.prompts is None else list(plan.prompts),
             "negatives": None if plan.negatives is None else list(plan.negatives),
             **plan.settings(),
+            "edit": None,
             "device": self.device.type,
             "threads": torch.get_num_threads(),
             "torch": str(torch.__version__),

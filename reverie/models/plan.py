@@ -92,6 +92,7 @@ class SamplingPlan:
         prompts: The prompt of each sample; None for a model that takes none.
         negatives: What each is guided away from; None for a model that takes no prompts.
         size: Height and width of the pictures in pixels; (0, 0) where samples are no pictures.
+        strength: The time that an edit starts from; None for samples from noise.
     """
 
     shape: tuple[int, ...]
@@ -115,6 +116,7 @@ class SamplingPlan:
     prompts: tuple[str, ...] | None = None
     negatives: tuple[str, ...] | None = None
     size: tuple[int, int] = (0, 0)
+    strength: float | None = None
 
     @property
     def n(self) -> int:
@@ -156,6 +158,7 @@ class SamplingPlan:
         words = f"{self.n} sample{'s' * (self.n != 1)} of {'x'.join(map(str, self.shape))}: {self.sampler_name}"
         words += f" ({options})" if options else ""
         words += f", {self.steps} step{'s' * (self.steps != 1)} on {self.grid_name}"
+        words += f" from t = {self.strength:g}" if self.strength is not None else ""
         words += f", guidance {self.guidance}" if self.guidance is not None else ""
         least = "at least " if self.sampler.adaptive else ""
         return f"{words}: {least}{self.evaluations} evaluation{'s' * (self.evaluations != 1)} each"
@@ -182,6 +185,7 @@ class SamplingPlan:
             "clip": self.clip if self.clip is not None else False,
             "threshold": self.threshold,
             "size": list(self.size) if self.size != (0, 0) else None,
+            "strength": self.strength,
             "dtype": next(name for name, dtype in DTYPES.items() if dtype == self.dtype),
             "exact": self.exact,
             # Free batches have bits of their own; in exact mode a batch's size decides nothing.
@@ -209,6 +213,7 @@ def make_plan(
     exact: bool = True,
     dtype: str | torch.dtype | None = None,
     intermediates: int | Sequence[int] = 0,
+    strength: float | None = None,
     factor: int = 1,
     **options: Any,
 ) -> SamplingPlan:
@@ -235,6 +240,9 @@ def make_plan(
     rule = settle_sampler(denoiser, card, sampler, options)
     chosen = settle_grid_options(card, grid, options)
     times = settle_grid(denoiser.schedule, card, grid, steps, chosen)
+    if strength is not None:
+        strength = settle_strength(strength)
+        times = times * strength
     quantile, limit = settle_clipping(card, clip, threshold)
     pixels = settle_size(card, size, factor)
     shape = (card.shape[0], *(side // factor for side in pixels)) if pixels != (0, 0) else card.shape
@@ -260,6 +268,7 @@ def make_plan(
         prompts=prompts,
         negatives=negatives,
         size=pixels,
+        strength=strength,
     )
 
 
@@ -403,6 +412,14 @@ def settle_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
     if name not in DTYPES:
         raise UsageError(f"dtype is {name!r}; it must be one of {', '.join(DTYPES)}")
     return DTYPES[name]
+
+
+def settle_strength(strength: float) -> float:
+    """Return the time that an edit starts from."""
+    value = finite("strength", strength)
+    if not 0 < value <= 1:
+        raise UsageError(f"strength is {value}; it must be in (0, 1]: the time that the picture is taken back to")
+    return value
 
 
 def settle_size(card: Card, size: int | Sequence[int] | None, factor: int) -> tuple[int, int]:

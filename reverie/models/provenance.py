@@ -68,6 +68,15 @@ class DataName(Part):
     fingerprint: Name
 
 
+class EditRecord(Part):
+    """Which picture was edited, and where: paths as they were given, and the sha256 of what was in them."""
+
+    image: Annotated[str, Field(max_length=4096)] | None
+    image_sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    mask: Annotated[str, Field(max_length=4096)] | None = None
+    mask_sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None
+
+
 class Record(Part):
     """All that it takes to make pictures again: `Samples.record`, checked."""
 
@@ -88,6 +97,8 @@ class Record(Part):
     clip: bool | float
     threshold: float | None
     size: tuple[Annotated[int, Field(ge=1, le=MAX_SIDE)], Annotated[int, Field(ge=1, le=MAX_SIDE)]] | None = None
+    strength: Annotated[float, Field(gt=0, le=1)] | None = None
+    edit: EditRecord | None = None
     dtype: Name
     exact: bool
     batch_size: int | None
@@ -279,12 +290,32 @@ def again(
             f"the record says {record.model.sha256[:10]}...; give the model that did"
         )
     with threads(record.threads):
-        samples = found.sample(1, **request(record), callback=callback)
+        samples = remade(found, record, path, callback)
     origin = record.model.model_dump(exclude_none=True) | {"source": record.model.source}
     samples.record["model"] = {
         name: origin[name] for name in ("source", "sha256", "checkpoint", "weights") if name in origin
     }
     return samples
+
+
+def remade(model: Model, record: Record, path: Path | str, callback: Callable[[Progress], None] | None) -> Samples:
+    """Return the sample of a record: drawn, or edited from the picture that the record names.
+
+    Raises:
+        UsageError: The picture is not where it was, or is another.
+    """
+    if record.edit is None:
+        return model.sample(1, **request(record), callback=callback)
+    if record.edit.image is None or (
+        record.edit.mask_sha256 and record.edit.mask is None and record.edit.image is None
+    ):
+        raise UsageError(f"{path} was edited from a picture that came from no file, so it can't be made again")
+    original = model.original(record.edit.image, record.edit.mask)
+    if original.record() != record.edit.model_dump():
+        raise UsageError(f"{record.edit.image}, or its mask, is not what {path} was edited from: its pixels differ")
+    asked = request(record) | {"size": None}
+    plan = model.plan_edit(original, 1, strength=record.strength, **asked)
+    return model.execute(plan, callback, original)
 
 
 def request(record: Record) -> dict[str, Any]:

@@ -21,8 +21,11 @@ from torch import Tensor, nn
 
 from reverie.base.randomness import Noise
 from reverie.diffusion.denoisers import Clipped, Denoiser, FixedBatch, NetworkDenoiser, Thresholded
+from reverie.diffusion.guidance.known import Known
+from reverie.diffusion.predictions import per_sample
 from reverie.diffusion.samplers.base import State, run, start
-from reverie.models.conditioning import Conditioner, guided, same_length, told
+from reverie.models.conditioning import Conditioner, Told, guided, same_length, told
+from reverie.models.editing import Given
 from reverie.models.memory import check_memory, memory_errors
 from reverie.models.plan import SamplingPlan
 
@@ -67,6 +70,7 @@ def execute(
     plan: SamplingPlan,
     callback: Callable[[Progress], None] | None = None,
     conditioner: Conditioner | None = None,
+    given: Given | None = None,
 ) -> tuple[Float[Tensor, "n ..."], tuple[Intermediate, ...]]:
     """Carry out a plan.
 
@@ -75,6 +79,7 @@ def execute(
         plan: What to do.
         callback: Called after every step; what it raises ends the sampling.
         conditioner: What reads prompts, where the model takes any.
+        given: What the samples start from; None for noise.
 
     Returns:
         The samples (n, *D), float32 on the CPU, and the intermediates that the plan keeps.
@@ -91,8 +96,8 @@ def execute(
         batches = same_length(plan, conditioner)
         for batch, rows in enumerate(batches):
             watch = watcher(plan, batch, len(batches), callback)
-            ready = prepared(denoiser, plan, rows, device, conditioner)
-            x, passed = draw(ready, plan, [plan.seeds[i] for i in rows], device, watch)
+            ready = prepared(denoiser, plan, rows, device, conditioner, given)
+            x, passed = draw(ready, plan, [plan.seeds[i] for i in rows], device, watch, given)
             results.append(x)
             kept.append(passed)
         return torch.cat(results), tuple(joined(parts) for parts in zip(*kept, strict=True))
@@ -132,6 +137,7 @@ def prepared(
     rows: Iterable[int],
     device: torch.device,
     conditioner: Conditioner | None = None,
+    given: Given | None = None,
 ) -> Denoiser:
     """Return the denoiser of some of a plan's samples: the network in buckets, guided, then clipped."""
     core: Denoiser = NetworkDenoiser(
@@ -139,11 +145,26 @@ def prepared(
     )
     if plan.bucket is not None:
         core = FixedBatch(core, plan.bucket)
-    if (said := told(plan, rows, conditioner, device)) is not None:
+    rows = list(rows)
+    said = told(plan, rows, conditioner, device)
+    if given is not None and given.beside is not None:
+        said = with_beside(said, given.beside.to(device).expand(len(rows), *given.beside.shape))
+    if said is not None:
         core = guided(core, said, plan.guidance, plan.guidance_told)
     if plan.threshold is not None and plan.clip is not None:
-        return Thresholded(core, plan.threshold, plan.clip)
-    return core if plan.clip is None else Clipped(core, plan.clip)
+        core = Thresholded(core, plan.threshold, plan.clip)
+    elif plan.clip is not None:
+        core = Clipped(core, plan.clip)
+    if given is None or given.mask is None or given.beside is not None:
+        return core
+    return Known(core, given.x0.to(device), given.mask.to(device))
+
+
+def with_beside(said: Told | None, beside: Float[Tensor, "b k h w"]) -> Told:
+    """Return what a network is told, with what it sees beside its input."""
+    told_of = said or Told({}, None)
+    nothing = None if told_of.nothing is None else {**told_of.nothing, "beside": beside}
+    return Told({**told_of.condition, "beside": beside}, nothing)
 
 
 def draw(
@@ -152,11 +173,14 @@ def draw(
     seeds: Sequence[int],
     device: torch.device,
     watch: Callable[[int, State], None] | None,
+    given: Given | None = None,
 ) -> tuple[Tensor, list[Intermediate]]:
     """Return the samples (B, *D) of some seeds, on the CPU, and where they were on the way."""
     noise = Noise(seeds)
     grid = plan.grid.expand(len(seeds), -1)
     first = start(plan.sampler, denoiser.schedule, plan.shape, grid[:, 0], noise, device)
+    if given is not None:
+        first = plan.sampler.init(noised(denoiser, given.x0.to(device), grid[:, 0], noise), grid[:, 0])
     kept = []
     for step, state in enumerate(run(plan.sampler, denoiser, first, grid, noise), start=1):
         if step in plan.kept:
@@ -164,6 +188,13 @@ def draw(
         if watch is not None:
             watch(step, state)
     return state.x.cpu(), kept
+
+
+def noised(denoiser: Denoiser, x0: Float[Tensor, "*d"], t: Float[Tensor, " b"], noise: Noise) -> Float[Tensor, "b *d"]:
+    """Return data with each sample's noise, as it is at times t (B,): x_t = alpha x_0 + sigma eps."""
+    eps = noise(x0.shape, [0] * len(t)).to(x0)
+    alpha, sigma = (per_sample(value, eps) for value in denoiser.schedule.marginal(t))
+    return alpha * x0 + sigma * eps
 
 
 def joined(parts: Sequence[Intermediate]) -> Intermediate:

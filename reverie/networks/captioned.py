@@ -174,6 +174,7 @@ class Captioned(nn.Module):
         tokens: Int64[Tensor, "b n"] | None = None,
         context: Float[Tensor, "b n d"] | None = None,
         label: Float[Tensor, "b p"] | None = None,
+        beside: Float[Tensor, "b k h w"] | None = None,
     ) -> Float[Tensor, "b out h w"]:
         """Return one image for each of the images x, at their times.
 
@@ -183,6 +184,7 @@ class Captioned(nn.Module):
             tokens: The words of each (B, n); or, instead, what `encode` made of them:
             context: (B, n, width),
             label: and the pooled words (B, time_channels).
+            beside: Channels that go in after x's (B, K, H, W), where in_channels counts them too.
 
         Raises:
             UsageError: Neither is given, or both.
@@ -190,4 +192,4 @@ class Captioned(nn.Module):
         if (tokens is None) == (context is None):
             raise UsageError("this network takes tokens, or what its encode made of them; give one of the two")
         told = {"context": context, "label": label} if tokens is None else self.encode(tokens)
-        return self.unet(x, time, **told)
+        return self.unet(x, time, beside=beside, **told)

@@ -170,6 +170,8 @@ class TrainConfig(BaseModel):
             yield f"weight {self.weight} is defined for distance l2"
         if self.decay == "cosine" and self.steps is None:
             yield "decay cosine needs steps: it must know where it ends"
+        if self.captions and self.network != "unet":
+            yield f"captions need network unet, not {self.network}"
         if self.captions and self.labels and "labels" in self.model_fields_set:
             yield "captions and labels are one or the other; leave labels out"
         yield from self.without_effect()

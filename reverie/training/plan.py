@@ -4,6 +4,7 @@ Each is a default that a flag overrides, and the run prints them before it start
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -212,9 +213,23 @@ def network_config(config: TrainConfig, dataset: Dataset, preset: Preset, labels
         return common | ({"head_dim": config.head_dim} if config.head_dim else {})
     return common | {
         "head_dim": config.head_dim,
+        "norm_num_groups": norm_groups(widths),
         "resnet_time_scale_shift": "scale_shift" if config.time_scale_shift else "default",
         "sample_size": [height, width],
     }
+
+
+def norm_groups(widths: Sequence[int]) -> int:
+    """Return the groups of the norms: up to 32, of four channels at the least.
+
+    In a group of one channel the norm takes away whatever the embedding of time and label added to it.
+
+    Example:
+        >>> norm_groups((32, 64, 64)), norm_groups((128, 256)), norm_groups((3, 5))
+        (8, 32, 1)
+    """
+    most = max(1, min(32, min(widths) // 4))
+    return max(groups for groups in range(1, most + 1) if math.gcd(*widths) % groups == 0)
 
 
 def attending_all(levels: int, size: int) -> tuple[bool, ...]:

@@ -70,7 +70,7 @@ def test_help_lists_every_command_with_a_line(reverie, flag):
     for name, words in COMMANDS.items():
         assert f"{name}  " in outcome.stdout
         assert words in outcome.stdout
-    for absent in ("edit", "evaluate", "convert", "serve"):
+    for absent in ("evaluate", "serve"):
         assert absent not in outcome.stdout
 
 
@@ -94,7 +94,7 @@ def test_a_command_that_is_not_there(refused, word, near):
     (line,) = refused(2, word)
     assert f"there is no command {word!r}" in line
     assert (f"did you mean {near}?" in line) == bool(near)
-    assert "known: train, sample, ema, tune, data, convert, inspect, doctor" in line
+    assert "known: train, sample, edit, ema, tune, data, convert, inspect, doctor" in line
 
 
 @pytest.mark.parametrize(
@@ -337,6 +337,6 @@ def test_the_commands_table_is_what_there_is():
         command = cli.get_command(click.Context(cli), name)
         assert isinstance(command, Command)
         assert command.callback is not None
-    assert cli.get_command(click.Context(cli), "edit") is None
+    assert cli.get_command(click.Context(cli), "serve") is None
     assert json.dumps(list(COMMANDS)) == json.dumps(cli.list_commands(click.Context(cli)))
     assert module.main is not None
