@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from reverie.base.errors import ModelFileError, UsageError
+from reverie.models.textual_inversion import split_words
 
 EMPHASIS = 1.1
 BREAK = "BREAK"
@@ -98,11 +99,19 @@ class Tokens:
 
     def __init__(self, tokenizer: Any, places: int = 77, pad: int | None = None) -> None:
         self.tokenizer, self.places = tokenizer, places
+        self.words: dict[str, list[int]] = {}  # new words (textual inversion), and the tokens that they stand for
         self.begin, self.end = int(tokenizer.bos_token_id), int(tokenizer.eos_token_id)
         self.pad = int(tokenizer.pad_token_id) if pad is None else pad
 
     def ids(self, text: str) -> list[int]:
         """Return the tokens of a text, without a beginning and an end."""
+        found: list[int] = []
+        for part, new in split_words(text, self.words):
+            found += self.words[part] if new else self.known(part)
+        return found
+
+    def known(self, text: str) -> list[int]:
+        """Return the tokens of a text without new words."""
         return list(self.tokenizer(text, add_special_tokens=False, truncation=False, verbose=False)["input_ids"])
 
     def count(self, prompt: str) -> int:

@@ -58,6 +58,7 @@ class Model:
         self.codec = codec
         self.conditioner = conditioner or build_conditioner(card, denoiser.network)
         self.denoiser, self.card, self.source = denoiser, card, source
+        self.adapted: Any = None  # the LoRAs and new words that `load` put on it
         self.origin, self.warnings = dict(origin or {}), tuple(warnings)
         self._digest: tuple[tuple[object, ...], str] | None = None
 
@@ -249,6 +250,7 @@ class Model:
         return {
             "format": RECORD_FORMAT,
             "model": {"source": self.source, "sha256": self.digest, **self.origin},
+            "loras": self.adapted.files if self.adapted else [],
             "data": {"name": data.name, "fingerprint": data.fingerprint} if data else None,
             "n": plan.n,
             "seeds": list(plan.seeds),
