@@ -8,12 +8,21 @@ diffusion: for each of its blocks
 
 where the mlp has gated hidden units, mlp(x) = W_3 (W_1 x * gelu(W_2 x)).
 
+Attention is softmax(q k^T / sqrt(d)) v. Within `unmixed` the softmax of chosen self-attentions is replaced by the
+identity: each pixel sees its own value alone, which is what perturbed-attention guidance leads away from.
+
 References:
     Denoising Diffusion Probabilistic Models (Ho et al., 2020), appendix B
     https://arxiv.org/abs/2006.11239
     High-Resolution Image Synthesis with Latent Diffusion Models (Rombach et al., 2022), section 3.3 and appendix E
     https://arxiv.org/abs/2112.10752
+    Self-Rectifying Diffusion Sampling with Perturbed-Attention Guidance (Ahn et al., 2024), section 4
+    https://arxiv.org/abs/2403.17377
 """
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +33,47 @@ from reverie.kernels import attention, linear, self_attention
 from reverie.networks.layers import GroupNorm, Image, Linear, Resized, SizeOf, zeroed
 
 Tokens = Float[Tensor, "b n c"]
+
+# The self-attentions that mix nothing now. Of the context and not of the modules: another thread's call of the same
+# network is not changed, and nothing is left behind in them.
+_UNMIXED: ContextVar[frozenset[nn.Module]] = ContextVar("unmixed", default=frozenset())
+
+
+def pixel_attentions(network: nn.Module) -> dict[str, nn.Module]:
+    """Return a network's self-attentions over the pixels of its image, by their place.
+
+    Example:
+        >>> list(pixel_attentions(SpatialTransformer(8, heads=2, head_dim=4, context_dim=6, groups=4)))
+        ['transformer_blocks.0.attn1']
+    """
+    return {name: part for name, part in network.named_modules() if getattr(part, "over_pixels", False)}
+
+
+@contextmanager
+def unmixed(attentions: Iterable[nn.Module]) -> Iterator[None]:
+    """A block in which self-attentions return their values as they are: their map is the identity.
+
+    Arguments:
+        attentions: Some of those that `pixel_attentions` names.
+
+    Example:
+        >>> one = SpatialAttention(8, heads=2, head_dim=4)
+        >>> x = torch.randn(1, 8, 2, 2)
+        >>> with unmixed([one]):
+        ...     alone = one(x)
+        >>> alone.shape
+        torch.Size([1, 8, 2, 2])
+    """
+    token = _UNMIXED.set(_UNMIXED.get() | frozenset(attentions))
+    try:
+        yield
+    finally:
+        _UNMIXED.reset(token)
+
+
+def mixes(attention: nn.Module) -> bool:
+    """Whether a self-attention does what it does, as it does but within `unmixed`."""
+    return torch.compiler.is_compiling() or attention not in _UNMIXED.get()
 
 
 def to_tokens(x: Image) -> Tokens:
@@ -45,7 +95,12 @@ class Attention(nn.Module):
         head_dim: Channels of a head.
         context_dim: Channels of the context; None attends to the tokens themselves.
         bias: Biases in the queries, keys and values.
+
+    Attributes:
+        over_pixels: Whether its tokens are an image's pixels, which see each other.
     """
+
+    over_pixels = False
 
     def __init__(
         self, channels: int, heads: int, head_dim: int, context_dim: int | None = None, bias: bool = True
@@ -59,6 +114,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tokens, context: Float[Tensor, "b l d"] | None = None) -> Tokens:
         """Return what the tokens see in the context, or in themselves."""
+        if context is None and not mixes(self):
+            return self.to_out[0](self.to_v(x))
         if context is None:
             return self.to_out[0](self_attention(self._fused(x), self.heads))
         return self.to_out[0](attention(self.to_q(x), self.to_k(context), self.to_v(context), self.heads))
@@ -86,6 +143,8 @@ class SpatialAttention(Attention):
         >>> SpatialAttention(8, heads=2, head_dim=4, groups=4)(torch.randn(2, 8, 3, 5)).shape
         torch.Size([2, 8, 3, 5])
     """
+
+    over_pixels = True
 
     def __init__(
         self,
@@ -137,6 +196,7 @@ class TransformerBlock(nn.Module):
         super().__init__()
         self.norm1 = nn.LayerNorm(channels)
         self.attn1 = Attention(channels, heads, head_dim, bias=False)
+        self.attn1.over_pixels = True
         self.norm2 = nn.LayerNorm(channels)
         self.attn2 = Attention(channels, heads, head_dim, context_dim, bias=False)
         self.norm3 = nn.LayerNorm(channels)

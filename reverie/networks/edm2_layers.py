@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Real
 from torch import Tensor, nn
 
-from reverie.networks.attention import to_image, to_tokens
+from reverie.networks.attention import mixes, to_image, to_tokens
 from reverie.networks.layers import Image, attention
 
 EPS = 1e-4
@@ -166,6 +166,8 @@ class CosineAttention(nn.Module):
         torch.Size([2, 8, 3, 5])
     """
 
+    over_pixels = True
+
     def __init__(self, channels: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
@@ -175,7 +177,8 @@ class CosineAttention(nn.Module):
     def forward(self, x: Image) -> Image:
         parts = to_tokens(self.qkv(x)).unflatten(-1, (3, self.heads, -1))
         q, k, v = unit(parts, [-1]).flatten(-2).unbind(2)
-        return self.out(to_image(attention(q, k, v, self.heads), x))
+        seen = attention(q, k, v, self.heads) if mixes(self) else v
+        return self.out(to_image(seen, x))
 
 
 class Uncertainty(nn.Module):

@@ -91,9 +91,8 @@ def test_each_sample_may_have_its_own_scale():
     scales = torch.tensor([0.0, 1.0, 3.0])
     found = ClassifierGuided(mixture, knows(mixture), LABEL, scales)(X, t).x0
     for i in range(3):
-        alone = ClassifierGuided(mixture, knows(mixture), LABEL[i : i + 1], float(scales[i]))(
-            X[i : i + 1], t[i : i + 1]
-        )
+        one = slice(i, i + 1)
+        alone = ClassifierGuided(mixture, knows(mixture), LABEL[one], float(scales[i]))(X[one], t[one])
         torch.testing.assert_close(found[one], alone.x0, rtol=1e-12, atol=1e-12)
     assert torch.equal(found[0], mixture(X, t).x0[0])
 

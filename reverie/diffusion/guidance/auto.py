@@ -17,10 +17,11 @@ from torch import Tensor
 
 from reverie.base.errors import UsageError
 from reverie.diffusion.denoisers import Condition, Denoiser, Estimate, Times
+from reverie.diffusion.guidance.base import Guided
 from reverie.diffusion.predictions import Data, per_sample
 
 
-class AutoGuided(Denoiser):
+class AutoGuided(Guided):
     """A denoiser guided by a worse one: equation (1).
 
     The condition goes to both; bind it to either with `Conditioned`, and around the whole put an `Interval`.
@@ -49,17 +50,18 @@ class AutoGuided(Denoiser):
         self.denoiser, self.bad, self.schedule = denoiser, bad, denoiser.schedule
         self.guidance = torch.as_tensor(guidance, dtype=torch.float64)
 
-    def forward(self, x: Data, t: Times, condition: Condition | None = None) -> Estimate:
+    def both(self, x: Data, t: Times, condition: Condition | None = None) -> tuple[Estimate, Estimate]:
         if self.guidance.ndim and len(self.guidance) != len(x):
             raise UsageError(
                 f"guidance has {len(self.guidance)} numbers for {len(x)} samples; give one, or one for each"
             )
         good = self.denoiser(x, t, condition)
         if bool((self.guidance == 1).all()):
-            return good
+            return good, good
         bad, weight = self.bad(x, t, condition), per_sample(self.guidance.expand(len(x)), x)
         # lerp is (1), and exact at w = 0 and w = 1.
-        return Estimate(torch.lerp(bad.x0, good.x0, weight), torch.lerp(bad.eps, good.eps, weight), good.fraction)
+        guided = Estimate(torch.lerp(bad.x0, good.x0, weight), torch.lerp(bad.eps, good.eps, weight), good.fraction)
+        return good, guided
 
 
 def check_same_noise(a: Denoiser, b: Denoiser) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from reverie.base.errors import UsageError
 from reverie.diffusion.denoisers import Condition, Denoiser, Estimate, Times
+from reverie.diffusion.guidance.base import Guided
 from reverie.diffusion.predictions import Data, per_sample
 
 
@@ -36,7 +37,7 @@ class Conditioned(Denoiser):
         return self.denoiser(x, t, {**self.condition, **condition})
 
 
-class ClassifierFree(Denoiser):
+class ClassifierFree(Guided):
     """Classifier-free guidance: both estimates in one call of the network.
 
     Arguments:
@@ -63,23 +64,24 @@ class ClassifierFree(Denoiser):
                     f"the condition's {name} is {tuple(value.shape)}, its opposite's {tuple(unconditional[name].shape)}"
                 )
         self.denoiser, self.schedule = denoiser, denoiser.schedule
-        self.both = {name: torch.cat([value, unconditional[name]]) for name, value in condition.items()}
+        self.twice = {name: torch.cat([value, unconditional[name]]) for name, value in condition.items()}
         self.guidance = torch.as_tensor(guidance, dtype=torch.float64)
 
-    def forward(self, x: Data, t: Times, condition: Condition | None = None) -> Estimate:
-        further = refuse_second(self.both, condition)
-        check_rows(self.both, 2 * len(x))
+    def both(self, x: Data, t: Times, condition: Condition | None = None) -> tuple[Estimate, Estimate]:
+        further = refuse_second(self.twice, condition)
+        check_rows(self.twice, 2 * len(x))
         if self.guidance.ndim and len(self.guidance) != len(x):
             raise UsageError(
                 f"guidance has {len(self.guidance)} numbers for {len(x)} samples; give one, or one for each"
             )
-        told = {**self.both, **{name: torch.cat([value, value]) for name, value in further.items()}}
-        both = self.denoiser(torch.cat([x, x]), torch.cat([t, t]), told)
+        told = {**self.twice, **{name: torch.cat([value, value]) for name, value in further.items()}}
+        pair = self.denoiser(torch.cat([x, x]), torch.cat([t, t]), told)
         weight = per_sample(self.guidance.expand(len(x)), x)
-        (x0, x0_u), (eps, eps_u) = both.x0.chunk(2), both.eps.chunk(2)
-        fraction = None if both.fraction is None else both.fraction.chunk(2)[0]
+        (x0, x0_u), (eps, eps_u) = pair.x0.chunk(2), pair.eps.chunk(2)
+        fraction = None if pair.fraction is None else pair.fraction.chunk(2)[0]
         # lerp is (1), and exact at w = 0 and w = 1.
-        return Estimate(torch.lerp(x0_u, x0, weight), torch.lerp(eps_u, eps, weight), fraction)
+        guided = Estimate(torch.lerp(x0_u, x0, weight), torch.lerp(eps_u, eps, weight), fraction)
+        return Estimate(x0, eps, fraction), guided
 
 
 def check_rows(condition: Condition, rows: int) -> None:

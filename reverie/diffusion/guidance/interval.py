@@ -46,7 +46,7 @@ class Interval(Denoiser):
     def __init__(self, guided: Denoiser, plain: Denoiser, low: float = 0.0, high: float = math.inf) -> None:
         super().__init__()
         if not 0 <= low < high:
-            raise UsageError(f"guidance from noise level {low} to {high}; they must obey 0 <= low < high")
+            raise UsageError(f"guidance from {low} to {high}; they must obey 0 <= low < high")
         self.guided, self.plain, self.schedule = guided, plain, plain.schedule
         self.low, self.high = low, high
 
@@ -65,3 +65,20 @@ class Interval(Denoiser):
         # Conditions are bound to rows, so that both are asked for all of them.
         a, b, within = self.guided(x, t, condition), self.plain(x, t, condition), per_sample(inside, x) > 0
         return Estimate(torch.where(within, a.x0, b.x0), torch.where(within, a.eps, b.eps), a.fraction)
+
+
+class During(Interval):
+    """As `Interval`, the bounds being times: guidance for low < t <= high.
+
+    Arguments:
+        guided: With guidance, its condition bound to it.
+        plain: Without, for the same rows.
+        low: The time above which there is guidance.
+        high: The time up to which there is guidance.
+
+    Raises:
+        UsageError: The bounds are not 0 <= low < high.
+    """
+
+    def inside(self, t: Times) -> Tensor:
+        return (t > self.low) & (t <= self.high)
