@@ -19,6 +19,7 @@ ALIASES = {
     "size": ("--resolution",),
     "flip": ("--random-flip",),
     "limit": ("--max-train-samples",),
+    "start": ("--from",),
     "steps": ("--max-train-steps",),
     "seed": ("-s",),
     "checkpointing": ("--gradient-checkpointing",),

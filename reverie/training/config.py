@@ -13,10 +13,11 @@ from reverie.diffusion.registry import predictions, schedules, weights
 
 
 def option(group: str, default: Any, help: str, **bounds: Any) -> Any:
-    """Return a field with its group and its help, finite where it is a number."""
+    """Return a field with its group and its help, finite where it is a number; a metavar is what the help calls it."""
+    extra = {"group": group} | ({"metavar": bounds.pop("metavar")} if "metavar" in bounds else {})
     if {"gt", "ge", "lt", "le"} & set(bounds):
         bounds["allow_inf_nan"] = False
-    return Field(default, description=help, json_schema_extra={"group": group}, **bounds)
+    return Field(default, description=help, json_schema_extra=extra, **bounds)
 
 
 class TrainConfig(BaseModel):
@@ -52,6 +53,14 @@ class TrainConfig(BaseModel):
     steps: int | None = option("length", None, "optimiser steps; 2000 where --minutes is not given either", ge=1)
     minutes: float | None = option("length", None, "stop after so many minutes of training", gt=0)
     seed: int = option("length", 0, "what all randomness is a function of", ge=0, le=2**63 - 1)
+
+    start: str | None = option(
+        "start",
+        None,
+        "a model to start from: its network, schedule, prediction, vocabulary and weights",
+        metavar="MODEL",
+    )
+    fill: bool = option("start", False, "learn to fill in what a mask leaves out, as reverie edit --mask asks for")
 
     network: Literal["unet", "edm2"] = option(
         "network", "unet", "unet, or edm2, whose layers keep magnitudes: with EDM's noise, output, times and averages"
@@ -174,6 +183,7 @@ class TrainConfig(BaseModel):
             yield f"captions need network unet, not {self.network}"
         if self.captions and self.labels and "labels" in self.model_fields_set:
             yield "captions and labels are one or the other; leave labels out"
+        yield from self.starting()
         yield from self.without_effect()
         if self.network == "edm2" and (self.time_scale_shift or self.captions):
             yield "time_scale_shift and captions are the U-Net's; edm2 has neither"
@@ -190,6 +200,17 @@ class TrainConfig(BaseModel):
         for field, registry in (("schedule", schedules), ("prediction", predictions), ("weight", weights)):
             if getattr(self, field) not in registry:
                 yield f"{field} is {getattr(self, field)!r}; it must be one of {', '.join(registry)}"
+
+    def starting(self) -> Any:
+        """Yield what does not go with a model to start from, or needs one, in words."""
+        if self.start is None:
+            if self.fill:
+                yield "fill needs a model to start from: --from MODEL"
+            return
+        if found := [name for name in STARTED if name in self.model_fields_set]:
+            yield f"{', '.join(found)}: taken from the model that is started from; leave out"
+        if self.objective in FEW_STEPS:
+            yield f"objective {self.objective} takes its model as --teacher, not as --from"
 
     def without_effect(self) -> Any:
         """Yield what has no effect on an objective of few steps, or on any other, in words."""
@@ -259,6 +280,8 @@ TEACHERS = (
     "zero_snr", "prediction",
 )  # fmt: skip
 
+STARTED = TEACHERS
+
 # What edm2 is trained with, as in its paper, where nothing else is said.
 EDM2: dict[str, Any] = {
     "schedule": "edm", "prediction": "edm", "times": "log-normal", "uncertainty": True, "decay": "inverse-sqrt",
@@ -271,5 +294,5 @@ FIXED = (
     "network", "time_mean", "time_std", "uncertainty", "ema_lengths",
     "attention", "head_dim", "dropout", "time_scale_shift", "schedule", "timesteps", "zero_snr", "prediction",
     "learned_variance", "objective", "distance", "weight", "times", "label_dropout", "batch_size", "accumulate", "ema",
-    "target_decay", "student_steps",
+    "target_decay", "student_steps", "fill",
 )  # fmt: skip

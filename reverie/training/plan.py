@@ -17,9 +17,11 @@ from reverie.data.words import make_vocabulary
 from reverie.diffusion.registry import schedules
 from reverie.models.card import Card, DataRecord, NetworkSpec, SamplingDefaults, ScheduleSpec, WordsSpec
 from reverie.models.model import Model
+from reverie.networks import networks
 from reverie.networks.edm2 import RATES, SIZES
 from reverie.training.config import FEW_STEPS, TrainConfig
 from reverie.training.few_step import RATE, SAMPLING, student_card
+from reverie.training.start import start_card
 
 
 class Preset(NamedTuple):
@@ -69,8 +71,8 @@ class Plan:
 
     def lines(self) -> list[str]:
         """Return the choices in words, a line each."""
-        network = self.card.network.config
-        network = network.get("unet", network)
+        config = networks[self.card.network.name].Config(**self.card.network.config)  # with what a card leaves out
+        network = getattr(config, "unet", None) or config
         classes = f", {len(self.card.classes)} classes" if self.card.classes else ""
         text = self.card.text if isinstance(self.card.text, WordsSpec) else None
         arithmetic = "float32" if self.dtype is None else "bfloat16"
@@ -80,11 +82,16 @@ class Plan:
             f"images: {data.preparation}" if data and data.preparation else "",
             f"captions: {len(text.entries)} words and letters, {text.length} to a caption" if text else "",
             f"network: {NETWORK_WORDS.get(self.card.network.name, 'U-Net')}, "
-            f"channels {network['channels']}, {network['layers']} blocks a level, "
-            f"attention {network['attention']}",
+            f"channels {plain(network.channels)}, {plain(network.layers)} blocks a level, "
+            f"attention {plain(network.attention)}",
             f"predicts {self.card.prediction} on the {self.card.schedule.name} schedule; {arithmetic} on {self.device}",
         ]
         return [line for line in lines if line]
+
+
+def plain(value: Any) -> Any:
+    """Return a setting as it is shown: a tuple as the list that a card has."""
+    return list(value) if isinstance(value, tuple) else value
 
 
 def shape_words(shape: tuple[int, ...]) -> str:
@@ -98,13 +105,14 @@ def shape_words(shape: tuple[int, ...]) -> str:
     return f"{shape[1]}x{shape[2]} {kind}"
 
 
-def make_plan(config: TrainConfig, dataset: Dataset, teacher: Model | None = None) -> Plan:
+def make_plan(config: TrainConfig, dataset: Dataset, teacher: Model | None = None, start: Model | None = None) -> Plan:
     """Return the plan for a configuration on its data.
 
     Arguments:
         config: What the run is told.
         dataset: Its data.
         teacher: The model that it begins as and learns from, if any.
+        start: The model that it starts from, if any.
 
     Raises:
         UsageError: The device is not there, or settings do not fit the data.
@@ -119,6 +127,9 @@ def make_plan(config: TrainConfig, dataset: Dataset, teacher: Model | None = Non
     if teacher is not None:
         card = student_card(config, dataset, teacher, data, reverie.__version__)
         return Plan(card, device, few_step_dtype(config.dtype), config.learning_rate or RATE)
+    if start is not None:
+        card = start_card(config, dataset, start, data, reverie.__version__)
+        return Plan(card, device, choose_dtype(config.dtype, device), config.learning_rate or RATE)
     labels = config.labels and bool(dataset.classes) and not config.captions
     text = words_of(dataset) if config.captions else None
     preset = (EDM2_PRESETS if config.network == "edm2" else PRESETS)[choose_preset(config, device)]

@@ -9,17 +9,19 @@ from pydantic import ValidationError
 from reverie.base.errors import ModelFileError, UsageError
 from reverie.diffusion.denoisers import Denoiser, NetworkDenoiser
 from reverie.diffusion.objectives import Hybrid, Objective, Simple, Variational
+from reverie.diffusion.predictions import Prediction
 from reverie.diffusion.schedules import Schedule
 from reverie.diffusion.times import ImportanceTimes, LogNormalTimes, TimeSampler, UniformTimes
 from reverie.training.config import FEW_STEPS, FIXED, TrainConfig
 from reverie.training.few_step import few_step_times, make_few_step
+from reverie.training.start import starts_on
 
 
 def make_times(config: TrainConfig, schedule: Schedule) -> TimeSampler:
     """Return the distribution of training times."""
     if config.objective in FEW_STEPS and "times" not in config.model_fields_set:
         return few_step_times(config, schedule)
-    if config.times == "log-normal":
+    if config.times == "log-normal" or starts_on(schedule, config):
         return LogNormalTimes(schedule, -1.2 if config.time_mean is None else config.time_mean, config.time_std or 1.2)
     if config.times == "importance":
         return ImportanceTimes(schedule, bins=importance_bins(schedule))
@@ -33,7 +35,10 @@ def importance_bins(schedule: Schedule) -> int:
 
 
 def make_objective(
-    config: TrainConfig, teacher: NetworkDenoiser | None = None, target: Denoiser | None = None
+    config: TrainConfig,
+    teacher: NetworkDenoiser | None = None,
+    target: Denoiser | None = None,
+    prediction: Prediction | None = None,
 ) -> Objective:
     """Return the objective; L_simple is in the space of what the network predicts.
 
@@ -41,10 +46,11 @@ def make_objective(
         config: The run's configuration.
         teacher: What an objective of few steps learns from, where it has a teacher.
         target: What makes a consistency objective's target, where that is not the network itself.
+        prediction: What the network predicts, where that is not the configuration's.
     """
     if config.objective in FEW_STEPS:
         return make_few_step(config, teacher, target)
-    simple = Simple(config.prediction, config.distance, config.weight)
+    simple = Simple(prediction or config.prediction, config.distance, config.weight)
     if config.objective == "hybrid":
         return Hybrid(simple)
     if config.objective == "vlb":

@@ -11,10 +11,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from PIL.Image import Image
 from torch.optim import AdamW
 from tqdm import tqdm
 
@@ -39,16 +41,18 @@ from reverie.training.few_step import make_target, read_teacher, start_from
 from reverie.training.metrics import Console, MetricsLog, Stream, imported, open_trackers
 from reverie.training.optimizers import flatten_optimizer, restore_optimizer
 from reverie.training.plan import make_plan
-from reverie.training.previews import png_bytes, preview, preview_path, to_tensor
+from reverie.training.previews import filled, png_bytes, preview, preview_path, to_tensor
 from reverie.training.profiling import Profile
 from reverie.training.setup import make_objective, make_times, merge
 from reverie.training.signals import StopRequest
 from reverie.training.snapshots import write_snapshot
+from reverie.training.start import read_start, start_with
 from reverie.training.update import Examples, StepReport, Update, draw_examples, on_device, seeded
 from reverie.training.validation import held_out_loss
 
 Resume = Literal["no", "yes", "auto"]
 MAX_HELD_OUT = 500
+MAX_FILLED = 16  # pictures that are filled in for a preview, each by itself
 
 
 def train(config: TrainConfig, resume: Resume = "no", stream: Stream = sys.stderr) -> Path:
@@ -137,32 +141,38 @@ class Run:
         self.config, changes = merge(config, self.folder) if resumed else (config, [])
         for line in changes:
             self.say(line)
-        self.dataset = self.open_data()
-        self.teacher = read_teacher(self.config)
-        self.plan = make_plan(self.config, self.dataset, self.teacher)
+        self.teacher, start = read_teacher(self.config), read_start(self.config)
+        self.dataset = self.open_data(start.card.shape if start else None)
+        self.plan = make_plan(self.config, self.dataset, self.teacher, start)
         self.conditions = Conditions(self.plan.card, self.dataset)
         self.progress = Progress()
         self.saved_at = -1
         self.stop = StopRequest()
-        self.make_model()
+        self.make_model(start)
         self.make_training()
 
     def say(self, line: str) -> None:
         """Report a line, above the progress bar."""
         tqdm.write(line, file=self.console)
 
-    def open_data(self) -> Dataset:
-        """Return the data, its unreadable files named."""
+    def open_data(self, like: tuple[int, ...] | None = None) -> Dataset:
+        """Return the data, its unreadable files named; of a model's shape (C, H, W), where nothing else is said."""
         config = self.config
-        dataset = open_dataset(
-            config.data, size=config.size, channels=config.channels, on_bad=config.on_bad, max_bad=config.max_bad,
-            limit=config.limit,
+        opened = partial(
+            open_dataset, config.data, on_bad=config.on_bad, max_bad=config.max_bad, limit=config.limit
         )  # fmt: skip
+        try:
+            size = (like[1], like[2]) if like and config.size is None else config.size
+            dataset = opened(size=size, channels=config.channels or (like[0] if like else None))
+        except UsageError:  # a source that has a size of its own, as shapes:32
+            if like is None:
+                raise
+            dataset = opened(size=config.size, channels=config.channels)
         for skipped in dataset.skipped:
             self.say(f"skipped {skipped}")
         return dataset
 
-    def make_model(self) -> None:
+    def make_model(self, start: Model | None) -> None:
         """Build the network, and the model that is sampled: the same network, never compiled."""
         plan, config = self.plan, self.config
         with seeded(True, config.seed, "weights"):
@@ -170,6 +180,8 @@ class Run:
         if self.teacher:
             start_from(denoiser.network, self.teacher)
             self.teacher.to(plan.device)
+        if start:
+            start_with(denoiser.network, start, str(config.start))
         denoiser.dtype = plan.dtype
         self.network = denoiser.network.to(plan.device).to(memory_format=self.layout).train()  # type: ignore[call-overload]
         if config.checkpointing:
@@ -196,7 +208,8 @@ class Run:
         times = make_times(config, self.denoiser.schedule)
         self.target = make_target(config, self.denoiser, self.network)
         teacher = self.teacher.denoiser if self.teacher else None
-        objective = make_objective(config, teacher, self.target.denoiser if self.target else None)
+        prediction = self.denoiser.prediction if config.start else None
+        objective = make_objective(config, teacher, self.target.denoiser if self.target else None, prediction)
         self.update = Update(self.denoiser, objective, times, optimizer, config, plan.learning_rate)
         if config.uncertainty:
             with seeded(True, config.seed, "uncertainty"):
@@ -404,6 +417,7 @@ class Run:
                 self.conditions,
                 self.plan.device,
                 self.config.batch_size,
+                fill=self.config.fill,
             )
         named = {f"held_out_loss/{k}": float(loss) for k, loss in enumerate(levels)}
         self.log.write(self.progress.step, {"held_out_loss": float(levels.mean()), **named})
@@ -418,20 +432,30 @@ class Run:
         taken = self.plan.card.sampling.steps if few else config.sample_steps
         try:
             with self.averaged():
-                count = config.sample_count
-                picture = preview(self.model, count, taken, config.seed, self.prompts(count))
+                picture = self.pictured(taken)
             path.parent.mkdir(exist_ok=True)
             write_file(path, png_bytes(picture))
             self.log.trackers.picture(self.progress.step, "samples", to_tensor(picture))
         except (NonFiniteError, OSError) as error:
             self.say(f"no samples at step {self.progress.step}: {error}")
 
+    def pictured(self, steps: int) -> Image:
+        """Return a grid of samples; of a network that fills in, held-out pictures and what it makes of them."""
+        count, seed = self.config.sample_count, self.config.seed
+        if not self.config.fill:
+            return preview(self.model, count, steps, seed, self.prompts(count))
+        return filled(self.model, self.dataset.images(self.subjects(min(count, MAX_FILLED))), steps, seed)
+
+    def subjects(self, count: int) -> list[int]:
+        """Return what a grid of samples shows or is told of, of data held out where there is any."""
+        chosen = self.held_out or self.train_indices
+        return [chosen[i % len(chosen)] for i in range(count)]
+
     def prompts(self, count: int) -> list[str] | None:
-        """Return captions for a grid of samples, of data held out where there is any."""
+        """Return captions for a grid of samples."""
         if self.plan.card.text is None:
             return None
-        chosen = self.held_out or self.train_indices
-        return [self.dataset.caption(chosen[i % len(chosen)]) or "" for i in range(count)]
+        return [self.dataset.caption(i) or "" for i in self.subjects(count)]
 
     @contextmanager
     def averaged(self) -> Iterator[None]:

@@ -20,6 +20,7 @@ from reverie.diffusion.times import TimeSampler
 from reverie.diffusion.uncertainty import Weighed
 from reverie.models.conditioning import Told
 from reverie.training.config import TrainConfig
+from reverie.training.masks import beside
 
 MEMORY = 0.98  # of the running mean of the gradient's norm
 SETTLED = 50  # steps before that mean is believed
@@ -59,8 +60,8 @@ class Examples:
 
 
 def to_unit(images: Tensor) -> Tensor:
-    """Return 8-bit images as floats in [-1, 1]."""
-    return images.float() / 127.5 - 1
+    """Return 8-bit images as floats in [-1, 1], and latents, which are floats, as they are."""
+    return images if images.is_floating_point() else images.float() / 127.5 - 1
 
 
 def draw_examples(
@@ -75,7 +76,10 @@ def draw_examples(
     drawn = times(len(images), config.seed, "time", step)
     eps = torch.stack([normal(images.shape[1:], config.seed, "train", int(p)) for p in positions])
     hidden = uniform((len(images),), config.seed, "hide", step) < config.label_dropout
-    return Examples(to_unit(images), drawn.t, drawn.factor, eps, hide(told, hidden))
+    x0, condition = to_unit(images), hide(told, hidden)
+    if config.fill:
+        condition["beside"] = beside(x0, positions, config.seed, "mask")
+    return Examples(x0, drawn.t, drawn.factor, eps, condition)
 
 
 def hide(told: Told | None, hidden: Tensor) -> dict[str, Tensor]:

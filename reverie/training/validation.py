@@ -13,6 +13,7 @@ from reverie.diffusion.objectives import Simple
 from reverie.diffusion.schedules import EDM, Schedule, Table
 from reverie.diffusion.times import LogNormalTimes
 from reverie.models.conditioning import Told
+from reverie.training.masks import beside
 from reverie.training.update import to_unit
 
 LEVELS = 10
@@ -38,10 +39,11 @@ def held_out_loss(
     device: torch.device,
     batch_size: int = 64,
     most: int = 128,
+    fill: bool = False,
 ) -> Float[Tensor, " n"]:
     """Return the mean squared error of the noise at each level (LEVELS,), on at most `most` held-out images.
 
-    The same images and noise at every level and every time, whatever the network predicts.
+    The same images, noise and masks at every level and every time, whatever the network predicts.
     """
     simple = Simple("eps")
     times = level_times(denoiser.schedule).to(device)
@@ -53,6 +55,8 @@ def held_out_loss(
         eps = torch.stack([normal(x0.shape[1:], 0, "validate", int(i)) for i in part]).to(device)
         told = conditions(part)
         condition = {} if told is None else {name: value.to(device) for name, value in told.condition.items()}
+        if fill:
+            condition["beside"] = beside(x0, part, 0, "validate-mask")
         for k, t in enumerate(times):
             total[k] += float(simple(denoiser, x0, t.expand(len(part)), eps, condition).double().sum())
     return total / len(chosen)
