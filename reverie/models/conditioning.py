@@ -9,9 +9,15 @@ from torch import Tensor, nn
 
 from reverie.data.words import Vocabulary
 from reverie.diffusion.denoisers import Condition, Denoiser
+from reverie.diffusion.guidance.auto import AutoGuided
 from reverie.diffusion.guidance.classifier_free import ClassifierFree, Conditioned
+from reverie.diffusion.guidance.interval import During
+from reverie.diffusion.guidance.perturbed import Perturbed, PerturbedGuided
+from reverie.diffusion.guidance.rescale import Rescaled
 from reverie.models.card import Card, WordsSpec
+from reverie.models.guiding import broken
 from reverie.models.plan import SamplingPlan
+from reverie.networks.attention import unmixed
 
 
 class Told(NamedTuple):
@@ -125,20 +131,46 @@ def same_length(plan: SamplingPlan, conditioner: Conditioner | None) -> list[ran
     return found
 
 
-def guided(denoiser: Denoiser, said: Told, guidance: float | None, as_number: bool = False) -> Denoiser:
-    """Return the denoiser with its condition bound to it, guided where that is asked for.
+def bound(denoiser: Denoiser, said: Told | None, guidance: float | None, as_number: bool = False) -> Denoiser:
+    """Return the denoiser with what it is told bound to it, without guidance: what is asked for, or nothing at w = 0.
 
     Arguments:
-        denoiser: What is guided.
-        said: What the network is told, and what stands for nothing.
+        denoiser: What is told.
+        said: What the network is told, and what stands for nothing; None for a network that is told nothing.
         guidance: w; None for no condition.
         as_number: Whether the network is told w, and does by itself what guidance does.
     """
+    if said is None:
+        return denoiser
     if as_number and guidance:
         rows = next(iter(said.condition.values()))
         return Conditioned(denoiser, {**said.condition, "guidance": torch.full((len(rows),), guidance).to(rows.device)})
-    if said.nothing is None or guidance is None or guidance == 1:
-        return Conditioned(denoiser, said.condition)
-    if guidance == 0:
-        return Conditioned(denoiser, said.nothing)
-    return ClassifierFree(denoiser, said.condition, said.nothing, guidance)
+    return Conditioned(denoiser, said.nothing if guidance == 0 and said.nothing is not None else said.condition)
+
+
+def guided(
+    denoiser: Denoiser, said: Told | None, plan: SamplingPlan, network: nn.Module, bad: Denoiser | None = None
+) -> Denoiser:
+    """Return the denoiser with its condition bound to it, guided as the plan says: each kind around the one before.
+
+    Arguments:
+        denoiser: What is guided.
+        said: What the network is told, and what stands for nothing; None for a network that is told nothing.
+        plan: The plan.
+        network: The denoiser's network.
+        bad: The worse model that it is guided by, its condition bound to it.
+    """
+    ask = plan.guiding
+    plain = found = bound(denoiser, said, plan.guidance, plan.guidance_told)
+    if plan.guided and said is not None and said.nothing is not None:
+        assert plan.guidance is not None
+        found = ClassifierFree(denoiser, said.condition, said.nothing, plan.guidance)
+    if bad is not None and ask.auto is not None:
+        found = AutoGuided(found, bad, ask.auto)
+    if ask.perturbed is not None:
+        parts = broken(network)
+        perturbed = Perturbed(denoiser, lambda: unmixed(parts))
+        found = PerturbedGuided(found, bound(perturbed, said, plan.guidance), ask.perturbed)
+    if ask.rescale is not None:
+        found = Rescaled(found, ask.rescale)
+    return found if ask.interval is None else During(found, plain, *ask.interval)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from reverie.models.card import Card
 from reverie.models.codec import Codec
 from reverie.models.conditioning import Conditioner, build_conditioner
 from reverie.models.editing import Original, Picture, give, padded_size, read_original
+from reverie.models.guiding import Worse
 from reverie.models.plan import SamplingPlan, make_plan
 from reverie.models.sampling import Intermediate, Progress, execute
 
@@ -100,7 +102,23 @@ class Model:
             UsageError: Something is out of range, unknown, or would have no effect.
         """
         factor = self.codec.factor if self.codec else 1
+        if request.get("bad") is not None:
+            request["bad"] = self.worse(request["bad"])
         return make_plan(self.denoiser, self.card, n, factor=factor, **request)
+
+    def worse(self, bad: "Model | Path | str") -> Worse:
+        """Return a model, or the one at a path, as the worse one that guides this one."""
+        if not isinstance(bad, Model):
+            from reverie.models.load import load
+
+            bad = load(bad, device=self.device)
+        if bad.device != self.device:
+            raise UsageError(f"bad is on {bad.device}, this model on {self.device}; move one of them")
+        return Worse(bad.denoiser, bad.card, bad.conditioner, bad.identity())
+
+    def identity(self) -> dict[str, str | None]:
+        """Return which model it is, as JSON holds it: the path as it was given, the sha256, what of the path it is."""
+        return {"source": self.source, "sha256": self.digest, **self.origin}
 
     def sample(
         self,
@@ -114,6 +132,11 @@ class Model:
         steps: int | None = None,
         grid: str | Sequence[float] | Tensor | None = None,
         guidance: float | None = None,
+        guidance_interval: Sequence[float] | None = None,
+        guidance_rescale: float | None = None,
+        perturbed: float | None = None,
+        auto_guidance: float | None = None,
+        bad: "Model | Path | str | None" = None,
         clip: bool | float | None = None,
         threshold: float | None = None,
         size: int | Sequence[int] | None = None,
@@ -136,6 +159,11 @@ class Model:
             steps: How often the sampler steps: exactly so many.
             grid: A name in `grids`, or times in (0, 1], or a table's timesteps, decreasing.
             guidance: w of classifier-free guidance: 0 ignores the class, 1 asks for it, more insists.
+            guidance_interval: Two times (low, high): guidance of any kind for low < t <= high, elsewhere none.
+            guidance_rescale: phi in [0, 1]: how much of the contrast that guidance adds is taken back.
+            perturbed: s of perturbed-attention guidance, away from the network with its attention broken; 0 is none.
+            auto_guidance: w of autoguidance, away from a worse model; 1 is none.
+            bad: That worse model, or its path: of the same shape, schedule and classes.
             clip: The limit that x_0 is kept within; True for 1, False for none.
             threshold: Dynamic thresholding: the quantile of |x_0| that is scaled back to the limit.
             size: Height and width of the pictures, or one number for both; the model's own, where None.
@@ -154,8 +182,9 @@ class Model:
         """
         plan = self.plan(
             n, seed=seed, classes=classes, prompt=prompt, negative_prompt=negative_prompt, sampler=sampler, steps=steps,
-            grid=grid, guidance=guidance, clip=clip, threshold=threshold, size=size, batch_size=batch_size, exact=exact,
-            dtype=dtype, intermediates=intermediates, **options,
+            grid=grid, guidance=guidance, guidance_interval=guidance_interval, guidance_rescale=guidance_rescale,
+            perturbed=perturbed, auto_guidance=auto_guidance, bad=bad, clip=clip, threshold=threshold, size=size,
+            batch_size=batch_size, exact=exact, dtype=dtype, intermediates=intermediates, **options,
         )  # fmt: skip
         return self.execute(plan, callback)
 
@@ -249,7 +278,7 @@ class Model:
         data = self.card.data
         return {
             "format": RECORD_FORMAT,
-            "model": {"source": self.source, "sha256": self.digest, **self.origin},
+            "model": self.identity(),
             "loras": self.adapted.files if self.adapted else [],
             "data": {"name": data.name, "fingerprint": data.fingerprint} if data else None,
             "n": plan.n,

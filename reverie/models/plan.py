@@ -22,6 +22,7 @@ from reverie.diffusion.samplers.learned import Learned
 from reverie.diffusion.schedules import Schedule, Table
 from reverie.models.automatic import AUTO, choose
 from reverie.models.card import Card
+from reverie.models.guiding import UNGUIDED, Guiding, Worse, count_within, settle_guiding
 
 # Rows of a network call in exact mode: as many as make BUCKET_PIXELS pixels, a power of two, MAX_ROWS at
 # most. Changing either changes the last bits of every picture.
@@ -42,6 +43,11 @@ SETTINGS = (
     "steps",
     "grid",
     "guidance",
+    "guidance_interval",
+    "guidance_rescale",
+    "perturbed",
+    "auto_guidance",
+    "bad",
     "clip",
     "threshold",
     "size",
@@ -93,6 +99,8 @@ class SamplingPlan:
         negatives: What each is guided away from; None for a model that takes no prompts.
         size: Height and width of the pictures in pixels; (0, 0) where samples are no pictures.
         strength: The time that an edit starts from; None for samples from noise.
+        guiding: The guidance beside w.
+        guided_calls: At how many of the calls there is guidance; all of them, where no interval is asked for.
     """
 
     shape: tuple[int, ...]
@@ -117,6 +125,8 @@ class SamplingPlan:
     negatives: tuple[str, ...] | None = None
     size: tuple[int, int] = (0, 0)
     strength: float | None = None
+    guiding: Guiding = UNGUIDED
+    guided_calls: int | None = None
 
     @property
     def n(self) -> int:
@@ -130,13 +140,14 @@ class SamplingPlan:
 
     @property
     def guided(self) -> bool:
-        """Whether each evaluation asks the network twice: with the class or prompt and without."""
+        """Whether guidance asks the network twice: with the class or prompt and without."""
         return not self.guidance_told and self.guidance is not None and self.guidance not in (0.0, 1.0)
 
     @property
     def evaluations(self) -> int:
         """How often the network looks at each sample."""
-        return self.calls * (2 if self.guided else 1)
+        within = self.calls if self.guided_calls is None else self.guided_calls
+        return self.calls + within * (self.guided + self.guiding.further)
 
     @property
     def bucket(self) -> int | None:
@@ -160,6 +171,7 @@ class SamplingPlan:
         words += f", {self.steps} step{'s' * (self.steps != 1)} on {self.grid_name}"
         words += f" from t = {self.strength:g}" if self.strength is not None else ""
         words += f", guidance {self.guidance}" if self.guidance is not None else ""
+        words += self.guiding.words()
         least = "at least " if self.sampler.adaptive else ""
         return f"{words}: {least}{self.evaluations} evaluation{'s' * (self.evaluations != 1)} each"
 
@@ -182,6 +194,7 @@ class SamplingPlan:
             "grid": self.grid[:-1].tolist() if self.grid_name == "times" else self.grid_name,
             "steps": self.steps,
             "guidance": self.guidance,
+            **self.guiding.settings(),
             "clip": self.clip if self.clip is not None else False,
             "threshold": self.threshold,
             "size": list(self.size) if self.size != (0, 0) else None,
@@ -206,6 +219,11 @@ def make_plan(
     steps: int | None = None,
     grid: str | Sequence[float] | Tensor | None = None,
     guidance: float | None = None,
+    guidance_interval: Sequence[float] | None = None,
+    guidance_rescale: float | None = None,
+    perturbed: float | None = None,
+    auto_guidance: float | None = None,
+    bad: Worse | None = None,
     clip: bool | float | None = None,
     threshold: float | None = None,
     size: int | Sequence[int] | None = None,
@@ -231,7 +249,13 @@ def make_plan(
     sampler = defaults.sampler if sampler is None else sampler
     if isinstance(sampler, Learned):
         grid = own_grid(sampler, denoiser.schedule, grid)
-    w = settle_guidance(card, classes is not None or prompt is not None, guidance)
+    asked = classes is not None or prompt is not None
+    w = settle_guidance(card, asked, 1.0 if guidance is None and bad is not None and asked else guidance)
+    as_number = "guidance" in card.network.config.get("numbers", ())
+    guiding = settle_guiding(
+        denoiser, card, w, as_number, guidance_interval=guidance_interval, guidance_rescale=guidance_rescale,
+        perturbed=perturbed, auto_guidance=auto_guidance, bad=bad,
+    )  # fmt: skip
     prompts, negatives = settle_prompts(card, len(seeds), prompt, negative_prompt, w)
     if sampler == AUTO:
         sampler, grid = settle_automatic(denoiser, card, grid, steps, w)
@@ -264,11 +288,15 @@ def make_plan(
         batch_size=settle_batch_size(shape, len(seeds), batch_size),
         calls=rule.count(denoiser.schedule, times),
         kept=settle_kept(intermediates, len(times) - 1),
-        guidance_told="guidance" in card.network.config.get("numbers", ()),
+        guidance_told=as_number,
         prompts=prompts,
         negatives=negatives,
         size=pixels,
         strength=strength,
+        guiding=guiding,
+        guided_calls=None
+        if guiding.interval is None
+        else count_within(rule, denoiser.schedule, times, guiding.interval),
     )
 
 

@@ -52,6 +52,9 @@ PAIR = re.compile(r'\s*([\w +/-]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
 Prompt = Annotated[str, Field(max_length=MAX_PROMPT)]
 
 
+Time = Annotated[float, Field(ge=0, le=1)]
+
+
 class ModelRecord(Part):
     """Which model: the path as it was given, and what of it, by its weights' sha256."""
 
@@ -66,6 +69,14 @@ class DataName(Part):
 
     name: Name
     fingerprint: Name
+
+
+class LoraRecord(Part):
+    """A LoRA that was merged into the weights: its path as it was given, its sha256, its weight."""
+
+    path: Annotated[str, Field(max_length=4096)]
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    weight: float
 
 
 class EditRecord(Part):
@@ -94,11 +105,17 @@ class Record(Part):
     grid: Name | Annotated[tuple[float, ...], Field(max_length=1_000_000)]
     steps: Annotated[int, Field(ge=1, le=1_000_000)]
     guidance: float | None
+    guidance_interval: tuple[Time, Time] | None = None
+    guidance_rescale: Time | None = None
+    perturbed: float | None = None
+    auto_guidance: float | None = None
+    bad: ModelRecord | None = None
     clip: bool | float
     threshold: float | None
     size: tuple[Annotated[int, Field(ge=1, le=MAX_SIDE)], Annotated[int, Field(ge=1, le=MAX_SIDE)]] | None = None
     strength: Annotated[float, Field(gt=0, le=1)] | None = None
     edit: EditRecord | None = None
+    loras: tuple[LoraRecord, ...] = ()
     dtype: Name
     exact: bool
     batch_size: int | None
@@ -258,6 +275,7 @@ def again(
     *,
     device: str | None = None,
     callback: Callable[[Progress], None] | None = None,
+    bad: Model | Path | str | None = None,
 ) -> Samples:
     """Make a picture again, from its own record: bit for bit, where it was made exactly.
 
@@ -266,6 +284,7 @@ def again(
         model: The model, or its path; the path in the record, where None.
         device: Where to compute; as the record says, where None.
         callback: Called after every step.
+        bad: The worse model that guided it, or its path; the path in the record, where None.
 
     Raises:
         UsageError: There is no such picture, or no model at the path in its record.
@@ -283,29 +302,41 @@ def again(
         raise DataError(f"{path}: its record is of {record.n} pictures, and a file holds one")
     for line in differences(record):
         warnings.warn(f"{path}: {line}, so the last bits may differ", RuntimeWarning, stacklevel=2)
-    found = model if isinstance(model, Model) else find_model(record, path, model, device or recorded_device(record))
-    if found.digest != record.model.sha256:
-        raise ModelFileError(
-            f"{found.source} is not the model that made {path}: its weights have the sha256 {found.digest[:10]}..., "
-            f"the record says {record.model.sha256[:10]}...; give the model that did"
-        )
+    device = device or recorded_device(record)
+    found = the_one(record.model, path, model, device, "made")
+    worse = None if record.bad is None else the_one(record.bad, path, bad, str(found.device), "guided")
     with threads(record.threads):
-        samples = remade(found, record, path, callback)
-    origin = record.model.model_dump(exclude_none=True) | {"source": record.model.source}
-    samples.record["model"] = {
-        name: origin[name] for name in ("source", "sha256", "checkpoint", "weights") if name in origin
-    }
+        samples = remade(found, record, path, callback, worse)
+    for name, said in (("model", record.model), ("bad", record.bad)):
+        samples.record[name] = said and said.model_dump(exclude_none=True) | {"source": said.source}
     return samples
 
 
-def remade(model: Model, record: Record, path: Path | str, callback: Callable[[Progress], None] | None) -> Samples:
+def the_one(said: ModelRecord, path: Path | str, given: Model | Path | str | None, device: str, did: str) -> Model:
+    """Return the model that a record names, or the one given for it, having made sure of its weights."""
+    found = given if isinstance(given, Model) else find_model(said, path, given, device, did)
+    if found.digest != said.sha256:
+        raise ModelFileError(
+            f"{found.source} is not the model that {did} {path}: its weights have the sha256 {found.digest[:10]}..., "
+            f"the record says {said.sha256[:10]}...; give the model that did"
+        )
+    return found
+
+
+def remade(
+    model: Model,
+    record: Record,
+    path: Path | str,
+    callback: Callable[[Progress], None] | None,
+    bad: Model | None = None,
+) -> Samples:
     """Return the sample of a record: drawn, or edited from the picture that the record names.
 
     Raises:
         UsageError: The picture is not where it was, or is another.
     """
     if record.edit is None:
-        return model.sample(1, **request(record), callback=callback)
+        return model.sample(1, **request(record), bad=bad, callback=callback)
     if record.edit.image is None or (
         record.edit.mask_sha256 and record.edit.mask is None and record.edit.image is None
     ):
@@ -313,7 +344,7 @@ def remade(model: Model, record: Record, path: Path | str, callback: Callable[[P
     original = model.original(record.edit.image, record.edit.mask)
     if original.record() != record.edit.model_dump():
         raise UsageError(f"{record.edit.image}, or its mask, is not what {path} was edited from: its pixels differ")
-    asked = request(record) | {"size": None}
+    asked = request(record) | {"size": None, "bad": bad}
     plan = model.plan_edit(original, 1, strength=record.strength, **asked)
     return model.execute(plan, callback, original)
 
@@ -333,6 +364,10 @@ def request(record: Record) -> dict[str, Any]:
         **prompts(record),
         "steps": record.steps,
         "guidance": record.guidance,
+        "guidance_interval": record.guidance_interval,
+        "guidance_rescale": record.guidance_rescale,
+        "perturbed": record.perturbed,
+        "auto_guidance": record.auto_guidance,
         "clip": record.clip,
         "threshold": record.threshold,
         "size": record.size,
@@ -370,17 +405,17 @@ def differences(record: Record) -> Iterator[str]:
         yield f"made with {record.threads} threads, more than are tried here"
 
 
-def find_model(record: Record, path: Path | str, given: Path | str | None, device: str) -> Model:
+def find_model(said: ModelRecord, path: Path | str, given: Path | str | None, device: str, did: str = "made") -> Model:
     """Return the model of a record: at the path given, or at its own, or the run's checkpoint that it names."""
-    source = str(given) if given is not None else record.model.source
+    source = str(given) if given is not None else said.source
     if source is None:
-        raise UsageError(f"{path} was made by a model that came from no file; give the model")
+        raise UsageError(f"{path} was {did} by a model that came from no file; give the model")
     if given is None and not Path(source).exists():
-        raise UsageError(f"{path} was made by the model {source}, which is not there; give the path of the model")
-    kept = record.model.weights
+        raise UsageError(f"{path} was {did} by the model {source}, which is not there; give the path of the model")
+    kept = said.weights
     ema = None if kept is None else kept if kept.startswith("ema-") else "none"
-    checkpoint = Path(source) / CHECKPOINTS / (record.model.checkpoint or "")
-    if record.model.checkpoint and re.fullmatch(r"step-[\d-]+", record.model.checkpoint) and checkpoint.is_dir():
+    checkpoint = Path(source) / CHECKPOINTS / (said.checkpoint or "")
+    if said.checkpoint and re.fullmatch(r"step-[\d-]+", said.checkpoint) and checkpoint.is_dir():
         return load(checkpoint, device=device, ema=ema)
     takes_ema = (Path(source) / CHECKPOINTS).is_dir()
     return load(source, device=device, ema=ema if takes_ema else None)

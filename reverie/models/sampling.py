@@ -24,7 +24,7 @@ from reverie.diffusion.denoisers import Clipped, Denoiser, FixedBatch, NetworkDe
 from reverie.diffusion.guidance.known import Known
 from reverie.diffusion.predictions import per_sample
 from reverie.diffusion.samplers.base import State, run, start
-from reverie.models.conditioning import Conditioner, Told, guided, same_length, told
+from reverie.models.conditioning import Conditioner, Told, bound, guided, same_length, told
 from reverie.models.editing import Given
 from reverie.models.memory import check_memory, memory_errors
 from reverie.models.plan import SamplingPlan
@@ -92,7 +92,8 @@ def execute(
     what, lower = f"{plan.n} samples of {plan.shape}", "n, the batch size, or the number of intermediates"
     check_memory(memory_needed(plan), torch.device("cpu"), what, lower)
     results, kept = [], []
-    with memory_errors(what, lower), evaluating(denoiser.network):
+    networks = [one.network for one in (denoiser, plan.guiding.bad and plan.guiding.bad.denoiser) if one]
+    with memory_errors(what, lower), evaluating(*networks):
         batches = same_length(plan, conditioner)
         for batch, rows in enumerate(batches):
             watch = watcher(plan, batch, len(batches), callback)
@@ -121,14 +122,16 @@ def watcher(
 
 
 @contextmanager
-def evaluating(network: nn.Module) -> Iterator[None]:
-    """A block in which a network has no dropout."""
-    training = network.training
-    network.eval()
+def evaluating(*networks: nn.Module) -> Iterator[None]:
+    """A block in which networks have no dropout."""
+    training = [network.training for network in networks]
+    for network in networks:
+        network.eval()
     try:
         yield
     finally:
-        network.train(training)
+        for network, before in zip(networks, training, strict=True):
+            network.train(before)
 
 
 def prepared(
@@ -140,17 +143,12 @@ def prepared(
     given: Given | None = None,
 ) -> Denoiser:
     """Return the denoiser of some of a plan's samples: the network in buckets, guided, then clipped."""
-    core: Denoiser = NetworkDenoiser(
-        denoiser.network, denoiser.schedule, denoiser.prediction, denoiser.learned_variance, plan.dtype
-    )
-    if plan.bucket is not None:
-        core = FixedBatch(core, plan.bucket)
     rows = list(rows)
-    said = told(plan, rows, conditioner, device)
-    if given is not None and given.beside is not None:
-        said = with_beside(said, given.beside.to(device).expand(len(rows), *given.beside.shape))
-    if said is not None:
-        core = guided(core, said, plan.guidance, plan.guidance_told)
+    said, worse = told_all(plan, rows, conditioner, device, given), None
+    if (bad := plan.guiding.bad) is not None:
+        told_it = told_all(plan, rows, bad.conditioner, device, given)
+        worse = bound(in_buckets(bad.denoiser, plan), told_it, plan.guidance)
+    core = guided(in_buckets(denoiser, plan), said, plan, denoiser.network, worse)
     if plan.threshold is not None and plan.clip is not None:
         core = Thresholded(core, plan.threshold, plan.clip)
     elif plan.clip is not None:
@@ -158,6 +156,24 @@ def prepared(
     if given is None or given.mask is None or given.beside is not None:
         return core
     return Known(core, given.x0.to(device), given.mask.to(device))
+
+
+def in_buckets(denoiser: NetworkDenoiser, plan: SamplingPlan) -> Denoiser:
+    """Return a network's denoiser in the plan's arithmetic, and in its buckets where there are any."""
+    core = NetworkDenoiser(
+        denoiser.network, denoiser.schedule, denoiser.prediction, denoiser.learned_variance, plan.dtype
+    )
+    return core if plan.bucket is None else FixedBatch(core, plan.bucket)
+
+
+def told_all(
+    plan: SamplingPlan, rows: list[int], conditioner: Conditioner | None, device: torch.device, given: Given | None
+) -> Told | None:
+    """Return what a network is told of some of a plan's samples, with what it sees beside its input."""
+    said = told(plan, rows, conditioner, device)
+    if given is None or given.beside is None:
+        return said
+    return with_beside(said, given.beside.to(device).expand(len(rows), *given.beside.shape))
 
 
 def with_beside(said: Told | None, beside: Float[Tensor, "b k h w"]) -> Told:
