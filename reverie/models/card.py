@@ -131,12 +131,14 @@ class CodecSpec(Part):
         config: Its configuration.
         scale: What makes the latents' variance about one.
         shift: Their mean.
+        digest: The sha256 of its weights, where a model was trained on its latents.
     """
 
     name: Name = "autoencoder"
     config: dict[Name, Any]
     scale: float = Field(1.0, gt=0)
     shift: float = 0.0
+    digest: Name = ""
 
 
 class SamplingDefaults(Part):

@@ -70,6 +70,11 @@ class Codec(nn.Module):
         return int(self.network.factor)  # type: ignore[arg-type]
 
     @property
+    def channels(self) -> int:
+        """Channels of the pictures."""
+        return int(self.network.config.in_channels)  # type: ignore[union-attr, arg-type]
+
+    @property
     def latent_channels(self) -> int:
         """Channels of the latents."""
         return int(self.network.config.latent_channels)  # type: ignore[union-attr, arg-type]

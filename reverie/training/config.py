@@ -60,6 +60,10 @@ class TrainConfig(BaseModel):
         "a model to start from: its network, schedule, prediction, vocabulary and weights",
         metavar="MODEL",
     )
+    codec: str | None = option(
+        "start", None, "train on the latents of an autoencoder: a vae's folder, a model of latents, or encoder:decoder",
+        metavar="PATH",
+    )  # fmt: skip
     fill: bool = option("start", False, "learn to fill in what a mask leaves out, as reverie edit --mask asks for")
 
     network: Literal["unet", "edm2"] = option(
@@ -206,6 +210,8 @@ class TrainConfig(BaseModel):
         if self.start is None:
             if self.fill:
                 yield "fill needs a model to start from: --from MODEL"
+            if self.codec and self.learned_variance:
+                yield "learned_variance is of pictures of 8 bits; with a codec there are none"
             return
         if found := [name for name in STARTED if name in self.model_fields_set]:
             yield f"{', '.join(found)}: taken from the model that is started from; leave out"
@@ -277,7 +283,7 @@ TAUGHT = ("easy-consistency", "reflow", "progressive", "latent-consistency")
 IDLE = ("distance", "weight", "uncertainty", "validate_every", "sample_steps")
 TEACHERS = (
     "network", "preset", "widths", "layers", "attention", "head_dim", "time_scale_shift", "schedule", "timesteps",
-    "zero_snr", "prediction",
+    "zero_snr", "prediction", "codec",
 )  # fmt: skip
 
 STARTED = TEACHERS

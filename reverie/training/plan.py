@@ -15,7 +15,7 @@ from reverie.base.errors import DataError, UsageError
 from reverie.data.dataset import Dataset
 from reverie.data.words import make_vocabulary
 from reverie.diffusion.registry import schedules
-from reverie.models.card import Card, DataRecord, NetworkSpec, SamplingDefaults, ScheduleSpec, WordsSpec
+from reverie.models.card import Card, CodecSpec, DataRecord, NetworkSpec, SamplingDefaults, ScheduleSpec, WordsSpec
 from reverie.models.model import Model
 from reverie.networks import networks
 from reverie.networks.edm2 import RATES, SIZES
@@ -77,8 +77,12 @@ class Plan:
         text = self.card.text if isinstance(self.card.text, WordsSpec) else None
         arithmetic = "float32" if self.dtype is None else "bfloat16"
         data = self.card.data
+        codec = self.card.codec
+        of = f" of {shape_words(self.card.shape)}" if codec is None else ""
+        latents = "x".join(str(size) for size in self.card.shape)
         lines = [
-            f"data: {data.name}, {data.count} images of {shape_words(self.card.shape)}{classes}" if data else "",
+            f"data: {data.name}, {data.count} images{of}{classes}" if data else "",
+            f"latents: {latents} by {codec.name}, scale {codec.scale}, shift {codec.shift}" if codec else "",
             f"images: {data.preparation}" if data and data.preparation else "",
             f"captions: {len(text.entries)} words and letters, {text.length} to a caption" if text else "",
             f"network: {NETWORK_WORDS.get(self.card.network.name, 'U-Net')}, "
@@ -105,7 +109,13 @@ def shape_words(shape: tuple[int, ...]) -> str:
     return f"{shape[1]}x{shape[2]} {kind}"
 
 
-def make_plan(config: TrainConfig, dataset: Dataset, teacher: Model | None = None, start: Model | None = None) -> Plan:
+def make_plan(
+    config: TrainConfig,
+    dataset: Dataset,
+    teacher: Model | None = None,
+    start: Model | None = None,
+    codec: CodecSpec | None = None,
+) -> Plan:
     """Return the plan for a configuration on its data.
 
     Arguments:
@@ -113,6 +123,7 @@ def make_plan(config: TrainConfig, dataset: Dataset, teacher: Model | None = Non
         dataset: Its data.
         teacher: The model that it begins as and learns from, if any.
         start: The model that it starts from, if any.
+        codec: What the data, which is latents then, was made with.
 
     Raises:
         UsageError: The device is not there, or settings do not fit the data.
@@ -125,10 +136,10 @@ def make_plan(config: TrainConfig, dataset: Dataset, teacher: Model | None = Non
         preparation=dataset.preparation,
     )
     if teacher is not None:
-        card = student_card(config, dataset, teacher, data, reverie.__version__)
+        card = with_codec(student_card(config, dataset, teacher, data, reverie.__version__), codec)
         return Plan(card, device, few_step_dtype(config.dtype), config.learning_rate or RATE)
     if start is not None:
-        card = start_card(config, dataset, start, data, reverie.__version__)
+        card = with_codec(start_card(config, dataset, start, data, reverie.__version__), codec)
         return Plan(card, device, choose_dtype(config.dtype, device), config.learning_rate or RATE)
     labels = config.labels and bool(dataset.classes) and not config.captions
     text = words_of(dataset) if config.captions else None
@@ -146,7 +157,15 @@ def make_plan(config: TrainConfig, dataset: Dataset, teacher: Model | None = Non
         code=reverie.__version__,
     )
     dtype = few_step_dtype(config.dtype) if config.objective in FEW_STEPS else choose_dtype(config.dtype, device)
-    return Plan(card, device, dtype, config.learning_rate or preset.learning_rate)
+    return Plan(with_codec(card, codec), device, dtype, config.learning_rate or preset.learning_rate)
+
+
+def with_codec(card: Card, codec: CodecSpec | None) -> Card:
+    """Return a card with its codec: latents are in no range that x_0 could be kept within."""
+    if codec is None:
+        return card
+    sampling = card.sampling.model_copy(update={"clip": False, "threshold": None})
+    return card.model_copy(update={"codec": codec, "sampling": sampling})
 
 
 def sampling_defaults(config: TrainConfig) -> SamplingDefaults:

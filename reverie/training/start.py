@@ -64,6 +64,8 @@ def refusals(config: TrainConfig, model: Model) -> Any:
         yield "has no label for nothing; add --label-dropout 0"
     if filling(card) and not config.fill:
         yield "fills in; add --fill"
+    if config.fill and card.codec is not None:
+        yield "is a model of latents, in which --fill does not train"
     if config.fill and card.network.name not in FILLING:
         yield f"is a {card.network.name}, which has no place for a mask; --fill is for {', '.join(FILLING)}"
     if build_schedule(card.schedule).zero_terminal_snr and config.uncertainty:

@@ -29,18 +29,21 @@ from reverie.data.batches import Batch, Batches, split
 from reverie.data.dataset import Dataset
 from reverie.diffusion.denoisers import NetworkDenoiser
 from reverie.models.builders import build, build_prediction, build_schedule
-from reverie.models.card import Card, TrainingRecord, read_card
+from reverie.models.card import Card, CodecSpec, TrainingRecord, read_card
 from reverie.models.checkpoints import Checkpoint, CheckpointStore, check_tensors
+from reverie.models.codec import Codec
 from reverie.models.formats import write_model
+from reverie.models.formats.codec_file import CODEC, beside, codec_contents, read_codec, spec_of
 from reverie.models.model import Model
 from reverie.networks.edm2_layers import Uncertainty
 from reverie.training.conditions import Conditions
 from reverie.training.config import SLOPED, TrainConfig
 from reverie.training.ema import PowerEMA, make_averages
 from reverie.training.few_step import make_target, read_teacher, start_from
+from reverie.training.latents import CACHE, Latents
 from reverie.training.metrics import Console, MetricsLog, Stream, imported, open_trackers
 from reverie.training.optimizers import flatten_optimizer, restore_optimizer
-from reverie.training.plan import make_plan
+from reverie.training.plan import choose_device, make_plan
 from reverie.training.previews import filled, png_bytes, preview, preview_path, to_tensor
 from reverie.training.profiling import Profile
 from reverie.training.setup import make_objective, make_times, merge
@@ -142,8 +145,10 @@ class Run:
         for line in changes:
             self.say(line)
         self.teacher, start = read_teacher(self.config), read_start(self.config)
-        self.dataset = self.open_data(start.card.shape if start else None)
-        self.plan = make_plan(self.config, self.dataset, self.teacher, start)
+        self.codec = self.find_codec(self.teacher or start)
+        self.dataset = self.open_data(self.shape_of_pictures(start))
+        spec = self.encode()
+        self.plan = make_plan(self.config, self.dataset, self.teacher, start, spec)
         self.conditions = Conditions(self.plan.card, self.dataset)
         self.progress = Progress()
         self.saved_at = -1
@@ -155,14 +160,14 @@ class Run:
         """Report a line, above the progress bar."""
         tqdm.write(line, file=self.console)
 
-    def open_data(self, like: tuple[int, ...] | None = None) -> Dataset:
+    def open_data(self, like: tuple[int | None, ...] | None = None) -> Dataset:
         """Return the data, its unreadable files named; of a model's shape (C, H, W), where nothing else is said."""
         config = self.config
         opened = partial(
             open_dataset, config.data, on_bad=config.on_bad, max_bad=config.max_bad, limit=config.limit
         )  # fmt: skip
         try:
-            size = (like[1], like[2]) if like and config.size is None else config.size
+            size: Any = (like[1], like[2]) if like and like[1] and config.size is None else config.size
             dataset = opened(size=size, channels=config.channels or (like[0] if like else None))
         except UsageError:  # a source that has a size of its own, as shapes:32
             if like is None:
@@ -171,6 +176,30 @@ class Run:
         for skipped in dataset.skipped:
             self.say(f"skipped {skipped}")
         return dataset
+
+    def find_codec(self, origin: Model | None) -> Codec | None:
+        """Return the codec: the run's own, that of the model it begins as, or the one that is named."""
+        if self.resumed:
+            codec = beside(self.folder, read_card(self.folder / "card.json"))
+        else:
+            codec = origin.codec if origin else read_codec(self.config.codec) if self.config.codec else None
+        return None if codec is None else codec.to(choose_device(self.config.device))
+
+    def shape_of_pictures(self, start: Model | None) -> tuple[int | None, ...] | None:
+        """Return the shape (C, H, W) that the data's pictures have where nothing is said; None for their own."""
+        channels, factor = (self.codec.channels, self.codec.factor) if self.codec else (None, 1)
+        if start is None:
+            return None if channels is None else (channels, None, None)
+        return (channels or start.card.shape[0], factor * start.card.shape[1], factor * start.card.shape[2])
+
+    def encode(self) -> CodecSpec | None:
+        """Make latents of the data, where there is a codec; return what the card says of it."""
+        if self.codec is None:
+            return None
+        cache = self.folder / CACHE if self.resumed else None
+        self.dataset = latents = Latents(self.dataset, self.codec, self.config.flip, cache, self.say)
+        known = self.resumed or self.config.codec is None  # whose scale is that of its model
+        return spec_of(self.codec) if known else latents.measure()
 
     def make_model(self, start: Model | None) -> None:
         """Build the network, and the model that is sampled: the same network, never compiled."""
@@ -186,7 +215,7 @@ class Run:
         self.network = denoiser.network.to(plan.device).to(memory_format=self.layout).train()  # type: ignore[call-overload]
         if config.checkpointing:
             self.network.gradient_checkpointing = True
-        self.model = Model(denoiser, plan.card)
+        self.model = Model(denoiser, plan.card, codec=self.codec)
         trained: Any = torch.compile(self.network) if config.compile else self.network
         card = plan.card
         self.denoiser = NetworkDenoiser(
@@ -216,8 +245,8 @@ class Run:
                 self.update.learn_levels(Uncertainty().to(plan.device))
         self.store = CheckpointStore(self.folder / "checkpoints", keep=config.keep)
         self.batches = Batches(
-            self.dataset, config.batch_size, config.seed, indices=self.train_indices, flip=config.flip,
-            workers=config.workers,
+            self.dataset, config.batch_size, config.seed, indices=self.train_indices,
+            flip=config.flip and self.codec is None, workers=config.workers,
         )  # fmt: skip
 
     @property
@@ -250,6 +279,9 @@ class Run:
 
     def write_beginnings(self) -> None:
         """Write what the run is, before its first step."""
+        if isinstance(self.dataset, Latents):
+            self.dataset.write(self.folder / CACHE)
+            write_file(self.folder / CODEC, codec_contents(self.codec)[CODEC])
         write_file(self.folder / "card.json", self.plan.card.model_dump_json(indent=1).encode())
         # Last, as it is what makes the folder a run.
         write_file(self.folder / "config.json", self.config.model_dump_json(indent=1, exclude_unset=True).encode())
@@ -302,7 +334,7 @@ class Run:
             self.save(last=True)
         with self.emas[0].applied(self.network):
             card = self.plan.card.model_copy(update={"training": self.training_record()})
-            write_model(Model(self.model.denoiser, card), self.folder / "model", overwrite=True)
+            write_model(Model(self.model.denoiser, card, codec=self.codec), self.folder / "model", overwrite=True)
         self.say(
             f"done: step {self.progress.step}, {self.progress.seconds / 60:.1f} minutes; the model is {self.folder}"
         )
@@ -340,7 +372,10 @@ class Run:
         """Return a batch with its times and noise, on the device."""
         told = self.conditions(batch.indices.tolist())
         positions = batch.positions.tolist()
-        examples = draw_examples(batch.images, told, positions, self.update.times, self.progress.step, self.config)
+        images = batch.images
+        if isinstance(self.dataset, Latents) and self.config.flip:  # the mirror image's latents: not those mirrored
+            images = self.dataset.turned(batch.indices.tolist(), self.batches.mirrored(batch.positions.numpy()))
+        examples = draw_examples(images, told, positions, self.update.times, self.progress.step, self.config)
         return on_device(examples, self.plan.device, self.layout)
 
     def report_skipped(self, report: StepReport, batch: Batch) -> None:

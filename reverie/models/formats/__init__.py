@@ -125,7 +125,7 @@ def write_model(model: Model, path: Path | str, kind: str | None = None, overwri
     path = Path(path)
     if kind is None:
         kinds = ("single-file",) if path.suffix == ".safetensors" else ("diffusers", "native")
-        kind = next(name for name in kinds if formats[name]().inexpressible(model) is None)
+        kind = next((name for name in kinds if formats[name]().inexpressible(model) is None), kinds[-1])
     chosen: Format = formats[kind]()
     if wrong := chosen.inexpressible(model):
         raise UsageError(f"a {kind} model cannot express {wrong}; write a native one")

@@ -86,6 +86,8 @@ class DiffusersFolder(Format):
         card = model.card
         if card.kind != "image" or card.network.name != "unet":
             return f"a {card.network.name} for {card.kind}"
+        if card.codec is not None:
+            return "a codec beside a UNet2DModel"
         try:
             network_config(card)
         except UsageError as error:

@@ -2,6 +2,7 @@
 
 reverie.json           the card, and the weights' checksums
 weights.safetensors    the weights
+codec.safetensors      those of the codec, where it is latents that are denoised
 README.md              the same for people
 """
 
@@ -11,6 +12,7 @@ from typing import Any
 
 from reverie.base.errors import ModelFileError
 from reverie.base.storage import Digest
+from reverie.models.card import ClipSpec
 from reverie.models.checkpoints import safetensors_writer
 from reverie.models.formats.base import (
     CARD,
@@ -24,6 +26,7 @@ from reverie.models.formats.base import (
     unseal,
     write_folder,
 )
+from reverie.models.formats.codec_file import CODEC, beside, codec_contents
 from reverie.models.formats.files import inside
 from reverie.models.formats.weights import install
 from reverie.models.model import Model
@@ -44,22 +47,25 @@ class NativeFolder(Format):
     def read(self, path: Path, ema: str | None = None) -> Model:
         refuse_ema(ema, path)
         sealed = unseal(path)
-        if set(sealed.files) != {WEIGHTS}:
-            raise ModelFileError(f"{path / CARD} names {', '.join(sealed.files) or 'no files'}, not {WEIGHTS}")
+        names = (WEIGHTS,) if sealed.card.codec is None else (WEIGHTS, CODEC)
+        if set(sealed.files) != set(names):
+            raise ModelFileError(f"{path / CARD} names {', '.join(sealed.files) or 'no files'}, not {', '.join(names)}")
+        for name in names:
+            check_sealed(inside(path, name), sealed.files[name])
         weights = inside(path, WEIGHTS)
-        check_sealed(weights, sealed.files[WEIGHTS])
         denoiser = build_unfilled(sealed.card, str(path))
         install(denoiser.network, [weights], str(weights))
-        return Model(denoiser, sealed.card, str(path))
+        return Model(denoiser, sealed.card, str(path), codec=beside(path, sealed.card))
 
     def describe(self, path: Path) -> dict[str, Any]:
         return {"files": list(unseal(path).files)}
 
     def inexpressible(self, model: Model) -> str | None:
-        return None
+        return "the text encoders of CLIP" if isinstance(model.card.text, ClipSpec) else None
 
     def write(self, model: Model, path: Path, overwrite: bool = False) -> None:
-        contents: Contents = {WEIGHTS: safetensors_writer(model.denoiser.network.state_dict())}
+        weights = {WEIGHTS: safetensors_writer(model.denoiser.network.state_dict())}
+        contents: Contents = {**weights, **codec_contents(model.codec)}
 
         def finish(written: Mapping[str, Digest]) -> Contents:
             return {CARD: seal(model.card, written), "README.md": model_page(model, self.name).encode()}

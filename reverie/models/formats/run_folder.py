@@ -11,6 +11,7 @@ from reverie.base.registry import nearest
 from reverie.models.card import Card, TrainingRecord, read_card
 from reverie.models.checkpoints import Checkpoint, CheckpointStore, open_checkpoint, read_manifest, verify
 from reverie.models.formats.base import Format, build_unfilled
+from reverie.models.formats.codec_file import beside
 from reverie.models.formats.weights import install
 from reverie.models.model import Model
 
@@ -36,7 +37,7 @@ class RunFolder(Format):
                 f"{path} has no checkpoint yet: its training has not come to the first save; wait for it, or go on "
                 f"with reverie train --out {path} --resume"
             )
-        return from_checkpoint(checkpoint, card, path, ema)
+        return from_checkpoint(checkpoint, card, path, path, ema)
 
     def describe(self, path: Path) -> dict[str, Any]:
         candidates = CheckpointStore(path / CHECKPOINTS).candidates()
@@ -56,7 +57,7 @@ class CheckpointFolder(Format):
         card = run_of(path) / CARD
         if not card.is_file():
             raise ModelFileError(f"{path} is a checkpoint without its run: {card} is missing; put it back into its run")
-        return from_checkpoint(open_checkpoint(path), read_card(card), path, ema)
+        return from_checkpoint(open_checkpoint(path), read_card(card), path, run_of(path), ema)
 
     def describe(self, path: Path) -> dict[str, Any]:
         groups = sorted(name for name in read_manifest(path)["files"] if name.endswith(".safetensors"))
@@ -68,14 +69,15 @@ def run_of(checkpoint: Path) -> Path:
     return checkpoint.absolute().parent.parent
 
 
-def from_checkpoint(checkpoint: Checkpoint, card: Card, path: Path, ema: str | None) -> Model:
-    """Return the model of a verified checkpoint."""
+def from_checkpoint(checkpoint: Checkpoint, card: Card, path: Path, run: Path, ema: str | None) -> Model:
+    """Return the model of a verified checkpoint of a run, which is at a path."""
     group = choose_group(checkpoint, path, ema)
     denoiser = build_unfilled(card, str(path))
     file = checkpoint.path / f"{group}.safetensors"
     install(denoiser.network, [file], str(file))
     origin = {"checkpoint": checkpoint.path.name, "weights": group}
-    return Model(denoiser, with_training(card, checkpoint), str(path), origin, checkpoint.warnings)
+    codec = beside(run, card)
+    return Model(denoiser, with_training(card, checkpoint), str(path), origin, checkpoint.warnings, codec=codec)
 
 
 def choose_group(checkpoint: Checkpoint, path: Path, ema: str | None) -> str:

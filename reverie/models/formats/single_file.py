@@ -5,7 +5,7 @@ from typing import Any
 
 from reverie.base.errors import ModelFileError, UsageError
 from reverie.base.storage import write_file
-from reverie.models.card import Card, parse_card
+from reverie.models.card import Card, ClipSpec, parse_card
 from reverie.models.checkpoints import safetensors_writer
 from reverie.models.formats.base import Format, build_unfilled, refuse_ema
 from reverie.models.formats.files import what_is
@@ -43,6 +43,10 @@ class SingleFile(Format):
     def read(self, path: Path, ema: str | None = None) -> Model:
         refuse_ema(ema, path)
         card = card_of(path, read_header(path))
+        if card.codec is not None:
+            raise ModelFileError(
+                f"{path} is a model of latents without what decodes them; use the folder that it is of"
+            )
         denoiser = build_unfilled(card, str(path))
         install(denoiser.network, [path], str(path))
         return Model(denoiser, card, str(path))
@@ -53,7 +57,9 @@ class SingleFile(Format):
         return {"tensors": count, "layout": layout(header), "metadata": sorted(header.metadata)}
 
     def inexpressible(self, model: Model) -> str | None:
-        return None
+        if isinstance(model.card.text, ClipSpec):
+            return "the text encoders of CLIP"
+        return None if model.card.codec is None else "a codec"
 
     def write(self, model: Model, path: Path, overwrite: bool = False) -> None:
         if path.exists() and not (overwrite and path.is_file() and what_is(path) is None):

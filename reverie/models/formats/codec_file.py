@@ -1,0 +1,105 @@
+"""A codec's weights: beside a model's own as codec.safetensors, in a vae folder of diffusers', or in two of taesd's.
+
+What the codec is stands in the card; its scale and shift too.
+"""
+
+import tempfile
+from pathlib import Path
+
+import torch
+
+from reverie.base.errors import ModelFileError, UsageError
+from reverie.models.card import Card, CodecSpec
+from reverie.models.checkpoints import safetensors_writer
+from reverie.models.codec import Codec, build_codec
+from reverie.models.formats.base import Contents
+from reverie.models.formats.files import read_json
+from reverie.models.formats.pipeline import VAE, codec_spec, renamed
+from reverie.models.formats.stable_diffusion import STEMS, folder_tensors
+from reverie.models.formats.taesd import read_taesd
+from reverie.models.formats.weights import fill, install
+from reverie.models.model import Model, weights_digest
+from reverie.networks.tiny_autoencoder_config import TinyAutoencoderConfig
+
+CODEC = "codec.safetensors"
+
+
+def codec_contents(codec: Codec | None) -> Contents:
+    """Return the file that a model's folder has for its codec: none without one."""
+    return {} if codec is None else {CODEC: safetensors_writer(codec.network.state_dict())}
+
+
+def beside(path: Path, card: Card) -> Codec | None:
+    """Return the codec of a model whose folder this is; None where its card has none.
+
+    Raises:
+        ModelFileError: Its weights are missing, damaged or another's.
+    """
+    if card.codec is None:
+        return None
+    file = path / CODEC
+    if not file.is_file():
+        raise ModelFileError(f"{path} is a model of latents without what decodes them: {file} is missing; put it back")
+    with torch.device("meta"):
+        codec = build_codec(card.codec)
+    install(codec.network, [file], str(file))
+    if card.codec.digest and weights_digest(codec.network.state_dict()) != card.codec.digest:
+        raise ModelFileError(f"{file} is another codec than the model was trained with; restore it from a copy")
+    return codec.freeze()
+
+
+def spec_of(codec: Codec) -> CodecSpec:
+    """Return what a card says of a codec, its digest too."""
+    name = "tiny-autoencoder" if isinstance(codec.network.config, TinyAutoencoderConfig) else "autoencoder"
+    config = codec.network.config.model_dump(mode="json", exclude_unset=True)  # type: ignore[union-attr, operator]
+    digest = weights_digest(codec.network.state_dict())
+    return CodecSpec(name=name, config=config, scale=codec.scale, shift=codec.shift, digest=digest)
+
+
+def vae_folder(path: Path) -> Codec:
+    """Return the codec of a folder of diffusers' with an AutoencoderKL or an AutoencoderTiny.
+
+    Raises:
+        ModelFileError: It is none, or is damaged.
+    """
+    settings = read_json(path / "config.json")
+    if settings.get("_class_name") == "AutoencoderTiny":
+        config = TinyAutoencoderConfig.from_diffusers(settings)
+        spec = CodecSpec(name="tiny-autoencoder", config=config.model_dump(mode="json", exclude_unset=True))
+    else:
+        spec = codec_spec(settings, str(path))
+    with torch.device("meta"):
+        codec = build_codec(spec)
+    with tempfile.TemporaryDirectory(prefix="reverie-") as scratch:
+        fill(codec.network, renamed(folder_tensors(path, STEMS[VAE], Path(scratch))), str(path))
+    return codec.freeze()
+
+
+def read_codec(path: str) -> Codec:
+    """Return the codec at a path.
+
+    Arguments:
+        path: A run or a model of latents; a folder of diffusers' with a vae, or the vae's own; or the two files of a
+            tiny autoencoder in its original layout, encoder:decoder.
+
+    Raises:
+        UsageError: There is nothing at the path, or no codec.
+        ModelFileError: It is damaged, foreign or hostile.
+    """
+    from reverie.models.formats import read_model  # which imports the formats, which import this
+
+    folder = Path(path)
+    if not folder.exists():
+        encoder, colon, decoder = path.rpartition(":")
+        if colon and Path(encoder).is_file() and Path(decoder).is_file():
+            return Codec(read_taesd(encoder, decoder)).freeze()
+        raise UsageError(f"there is no codec {path}; give a folder with a vae, or two files as encoder:decoder")
+    for place in (folder / VAE, folder):
+        if (place / "config.json").is_file() and "Autoencoder" in str(
+            read_json(place / "config.json").get("_class_name")
+        ):
+            return vae_folder(place)
+    found: Model = read_model(folder)
+    if found.codec is None:
+        raise UsageError(f"{path} is a model of pictures, and has no codec")
+    return found.codec
