@@ -36,6 +36,11 @@ RECORDED = (
     "grid",
     "steps",
     "guidance",
+    "guidance_interval",
+    "guidance_rescale",
+    "perturbed",
+    "auto_guidance",
+    "bad",
     "clip",
     "threshold",
     "size",
@@ -74,6 +79,7 @@ class Job:
     def __init__(self, model: Model, settings: "SampleSettings") -> None:
         self.model, self.settings = model, settings
         self.classes = wanted_classes(model.card.classes, settings)
+        self.bad = None if settings.bad is None else load(settings.bad, device=settings.device)
         first = secrets.randbelow(2**32) if settings.seed in (None, -1) else settings.seed
         assert first is not None
         self.each = settings.n or 16
@@ -97,6 +103,11 @@ class Job:
             steps=ask.steps,
             grid=list(ask.times) if ask.times else ask.grid,
             guidance=ask.guidance,
+            guidance_interval=ask.guidance_interval,
+            guidance_rescale=ask.guidance_rescale,
+            perturbed=ask.perturbed,
+            auto_guidance=ask.auto_guidance,
+            bad=self.bad,
             clip=ask.clip,
             threshold=ask.threshold,
             size=sides(ask.size),

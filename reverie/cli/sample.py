@@ -56,6 +56,15 @@ class SampleSettings(BaseModel):
     guidance: float | None = setting(
         "how", None, "weight of the class or prompt: 1 is no guidance", allow_inf_nan=False
     )
+    guidance_interval: tuple[float, ...] | None = setting(
+        "how", None, "two times, as 0.2,0.8: guidance for low < t <= high alone", max_length=2
+    )
+    guidance_rescale: float | None = setting("how", None, "share of guidance's contrast to take back", ge=0, le=1)
+    perturbed: float | None = setting(
+        "how", None, "weight of perturbed-attention guidance: 0 is none", allow_inf_nan=False
+    )
+    bad: str | None = setting("how", None, "a worse model, which guides this one")
+    auto_guidance: float | None = setting("how", None, "weight of that guidance: 1 is none", allow_inf_nan=False)
     size: str | None = setting("how", None, "width x height in pixels, as 768x512, or one number for both")
     clip: bool | None = setting("how", None, "keep the estimate of the image within its range")
     threshold: float | None = setting("how", None, "dynamic thresholding at this quantile", gt=0, le=1)
@@ -76,6 +85,10 @@ class SampleSettings(BaseModel):
         """Refuse what does not go together."""
         if self.size is not None and not re.fullmatch(r"\d{1,6}(x\d{1,6})?", self.size):
             raise ValueError(f"size is {self.size!r}; it must be one number, or width x height, as 768x512")
+        if self.guidance_interval is not None and len(self.guidance_interval) != 2:
+            raise ValueError(f"guidance_interval is {self.guidance_interval[0]:g}; it must be two times, as 0.2,0.8")
+        if (self.bad is None) != (self.auto_guidance is None):
+            raise ValueError("autoguidance needs both: --bad MODEL and --auto-guidance X; give the other, or neither")
         if self.times is not None and self.grid is not None:
             raise ValueError("--times is a grid by itself; leave out --grid")
         beside = sorted(self.model_fields_set - {"again", "out", "device"})
@@ -98,6 +111,7 @@ ALIASES = {
     "negative_prompt": ("--negative",),
     "size": ("--resolution",),
     "guidance": ("--cfg-scale", "--guidance-scale"),
+    "perturbed": ("--pag-scale",),
     "out": ("-o", "--output", "--output-dir"),
     "animate": ("--animation",),
     "batch_size": ("-b",),
@@ -121,6 +135,7 @@ def command(model: str | None, json: bool, **flags: Any) -> None:
     reverie sample runs/digits -n 64 --class 7 --out sevens/
     reverie sample runs/digits -n 4 --class all --guidance 2 --seed 0
     reverie sample runs/shapes -n 4 --prompt "two small red stars at the top left"
+    reverie sample runs/digits --class 7 --bad runs/digits/checkpoints/step-00000500 --auto-guidance 2
     reverie sample --again sevens/00003-seed12.png
     """
     settings = settle(SampleSettings, flags)

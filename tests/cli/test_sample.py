@@ -392,3 +392,59 @@ def test_a_model_of_points_is_sampled_from_python(refused, models, monkeypatch):
     card = Card(kind="points", shape=(2,), network=NetworkSpec(name="mlp", config={"in_channels": 2}))
     monkeypatch.setattr(drawing, "load", lambda path, **options: Model(build(card), card))
     assert "sample it from Python" in refused(2, "sample", models / "plain")[0]
+
+
+# Kinds of guidance ----------------------------------------------------------------------------
+
+
+def test_the_kinds_of_guidance_reach_the_record_and_the_picture_is_made_again(made, reverie):
+    flags = [
+        "--class",
+        "cat",
+        "--guidance",
+        3,
+        "--guidance-interval",
+        "0.2,0.9",
+        "--guidance-rescale",
+        0.7,
+        "--perturbed",
+        2,
+    ]
+    made_of = made("-n", 1, "--seed", 3, *flags)
+    settings = made_of["settings"]
+    assert (settings["guidance_interval"], settings["guidance_rescale"], settings["perturbed"]) == (
+        [0.2, 0.9],
+        0.7,
+        2.0,
+    )
+    assert made_of["evaluations"] == 3 + 2 * 2
+    plain = made("-n", 1, "--seed", 3, *flags[:4])
+    assert (pixels(made_of["files"][0]) != pixels(plain["files"][0])).any()
+    outcome = reverie("sample", "--again", made_of["files"][0], "--json")
+    assert json.loads(outcome.stdout)["difference"] == 0, outcome.stderr
+
+
+def test_a_worse_model_guides_and_is_recorded(made, reverie, models):
+    made_of = made("-n", 3, "-b", 2, "--seed", 3, "--class", "cat", "--bad", models / "classes", "--auto-guidance", 2)
+    settings = made_of["settings"]
+    assert settings["auto_guidance"] == 2.0
+    assert settings["bad"] == {"source": str(models / "classes"), "sha256": load(models / "classes").digest}
+    assert made_of["evaluations"] == 6
+    assert json.loads(reverie("sample", "--again", made_of["files"][2], "--json").stdout)["difference"] == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--guidance-interval", "0.2,0.8"], "guidance_interval has no effect at guidance None"),
+        (["--guidance-interval", "0.2"], "guidance_interval is 0.2; it must be two times"),
+        (["--guidance-interval", "0.1,0.2,0.3"], "2 at most"),
+        (["--guidance-rescale", 2], "--guidance-rescale is 2.0; it must be a number, 0 <= x <= 1"),
+        (["--perturbed", "nan"], "--perturbed is nan"),
+        (["--auto-guidance", 2], "autoguidance needs both"),
+        (["--bad", "x"], "autoguidance needs both"),
+        (["--bad", "nowhere", "--auto-guidance", 2], "nowhere"),
+    ],
+)
+def test_guidance_that_is_wrong_or_without_effect(refused, models, words, said):
+    assert said in refused(2, "sample", models / "classes", *words)[0]
