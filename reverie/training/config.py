@@ -64,6 +64,8 @@ class TrainConfig(BaseModel):
         "start", None, "train on the latents of an autoencoder: a vae's folder, a model of latents, or encoder:decoder",
         metavar="PATH",
     )  # fmt: skip
+    lora: int | None = option("start", None, "train a LoRA of this rank, and nothing else", ge=1, le=4096)
+    lora_alpha: float | None = option("start", None, "its strength is alpha / rank; the rank", gt=0)
     fill: bool = option("start", False, "learn to fill in what a mask leaves out, as reverie edit --mask asks for")
 
     network: Literal["unet", "edm2"] = option(
@@ -207,7 +209,13 @@ class TrainConfig(BaseModel):
 
     def starting(self) -> Any:
         """Yield what does not go with a model to start from, or needs one, in words."""
+        if self.lora_alpha is not None and self.lora is None:
+            yield "lora_alpha has no effect without lora"
+        if self.lora is not None and (self.fill or self.ema_lengths):
+            yield "lora trains an adapter alone, which neither fill nor ema_lengths goes with; leave them out"
         if self.start is None:
+            if self.lora is not None:
+                yield "lora needs a model to start from: --from MODEL"
             if self.fill:
                 yield "fill needs a model to start from: --from MODEL"
             if self.codec and self.learned_variance:
@@ -300,5 +308,5 @@ FIXED = (
     "network", "time_mean", "time_std", "uncertainty", "ema_lengths",
     "attention", "head_dim", "dropout", "time_scale_shift", "schedule", "timesteps", "zero_snr", "prediction",
     "learned_variance", "objective", "distance", "weight", "times", "label_dropout", "batch_size", "accumulate", "ema",
-    "target_decay", "student_steps", "fill",
+    "target_decay", "student_steps", "fill", "lora", "lora_alpha",
 )  # fmt: skip

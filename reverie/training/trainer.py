@@ -36,6 +36,7 @@ from reverie.models.formats import write_model
 from reverie.models.formats.codec_file import CODEC, beside, codec_contents, read_codec, spec_of
 from reverie.models.model import Model
 from reverie.networks.edm2_layers import Uncertainty
+from reverie.training import adapter
 from reverie.training.conditions import Conditions
 from reverie.training.config import SLOPED, TrainConfig
 from reverie.training.ema import PowerEMA, make_averages
@@ -211,6 +212,7 @@ class Run:
             self.teacher.to(plan.device)
         if start:
             start_with(denoiser.network, start, str(config.start))
+            adapter.adapt(denoiser.network, config)
         denoiser.dtype = plan.dtype
         self.network = denoiser.network.to(plan.device).to(memory_format=self.layout).train()  # type: ignore[call-overload]
         if config.checkpointing:
@@ -231,7 +233,7 @@ class Run:
         self.train_indices, self.held_out = split(len(self.dataset), share, config.seed)
         self.emas = make_averages(config, self.network)
         optimizer = AdamW(
-            self.network.parameters(), lr=plan.learning_rate, betas=(0.9, config.beta2),
+            [p for p in self.network.parameters() if p.requires_grad], lr=plan.learning_rate, betas=(0.9, config.beta2),
             weight_decay=config.weight_decay, fused=True,
         )  # fmt: skip
         times = make_times(config, self.denoiser.schedule)
@@ -334,7 +336,12 @@ class Run:
             self.save(last=True)
         with self.emas[0].applied(self.network):
             card = self.plan.card.model_copy(update={"training": self.training_record()})
-            write_model(Model(self.model.denoiser, card, codec=self.codec), self.folder / "model", overwrite=True)
+            denoiser = self.model.denoiser
+            if self.config.lora is not None:
+                adapter.write_adapter(self.network, self.folder)
+                denoiser = build(card)
+                denoiser.network.load_state_dict(adapter.merged(self.network))
+            write_model(Model(denoiser, card, codec=self.codec), self.folder / "model", overwrite=True)
         self.say(
             f"done: step {self.progress.step}, {self.progress.seconds / 60:.1f} minutes; the model is {self.folder}"
         )
@@ -536,6 +543,7 @@ class Run:
         groups = {"model": self.network.state_dict(), "optimizer": tensors, "times": self.update.times.state()}
         groups["objective"] = objective.learned.state_dict() if objective.learned else {}
         groups |= {ema.name: ema.state() for ema in self.emas}
+        groups |= adapter.groups(self.network, self.emas) if self.config.lora is not None else {}
         groups |= {"target": self.target.average.state()} if self.target else {}
         config = self.config.model_dump_json(exclude_unset=True)
         return {name: group for name, group in groups.items() if group}, {
@@ -581,12 +589,15 @@ class Run:
     def load(self, checkpoint: Checkpoint) -> None:
         """Take up a checkpoint's state."""
         record, weights = checkpoint.record, checkpoint.tensors("model")
-        check_tensors(self.network.state_dict(), weights, str(checkpoint.path))
-        for ema in self.emas:
-            ema.load(checkpoint.tensors(ema.name), str(checkpoint.path))
+        if self.config.lora is not None:
+            adapter.restore(self.network, self.emas, checkpoint)
+        else:
+            check_tensors(self.network.state_dict(), weights, str(checkpoint.path))
+            for ema in self.emas:
+                ema.load(checkpoint.tensors(ema.name), str(checkpoint.path))
+            self.network.load_state_dict(weights)
         if self.target:
             self.target.average.load(checkpoint.tensors("target"), str(checkpoint.path))
-        self.network.load_state_dict(weights)
         objective = self.update.objective
         if objective.learned is not None:
             learned = checkpoint.tensors("objective")
