@@ -29,7 +29,7 @@ class OriginalFile(Format):
     sign = "a .safetensors or .ckpt file of Stable Diffusion"
 
     def recognises(self, path: Path) -> bool:
-        return path.is_file() and (pickled(path) or layout_of_file(path) is not None)
+        return path.is_file() and (pickled(path) or in_layout(path))
 
     def read(self, path: Path, ema: str | None = None) -> Model:
         refuse_ema(ema, path)
@@ -55,15 +55,18 @@ def pickled(path: Path) -> bool:
         return file.read(4) == b"PK\x03\x04" and zipfile.is_zipfile(path)
 
 
-def layout_of_file(path: Path) -> Layout | None:
-    """Return the layout of a file, by its header; None where it is no safetensors file, or none of this layout."""
+def in_layout(path: Path) -> bool:
+    """Return whether a file is a safetensors file whose tensors have names of this layout."""
     try:
         if what_is(path) is not None:
-            return None
+            return False
         header = read_header(path)
     except ModelFileError:  # another format says what is wrong with it
-        return None
-    return describe({name: spec.shape for name, spec in header.specs.items()}, header.metadata)
+        return False
+    try:
+        return describe({name: spec.shape for name, spec in header.specs.items()}, header.metadata) is not None
+    except ModelFileError:  # of this layout, and not sound: `read` says so
+        return True
 
 
 def layout_of(header: Header, path: Path) -> Layout:

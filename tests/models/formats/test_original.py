@@ -46,6 +46,12 @@ def test_a_checkpoint_of_pytorchs_with_its_state_dict_within(folders, tmp_path, 
     assert torch.equal(one.sample(1, **HOW).images, other.sample(1, **HOW).images)
 
 
+def test_a_part_of_a_file_is_named(tmp_path):
+    save_file({"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(1)}, tmp_path / "part.safetensors")
+    with pytest.raises(ModelFileError, match=r"part\.safetensors: "):
+        read_model(tmp_path / "part.safetensors")
+
+
 def test_a_file_with_a_tensor_missing_or_more_says_so(folders, tmp_path, vocabulary):
     tensors = original(folders["sd1"][0], "sd1")
     name = "model.diffusion_model.input_blocks.0.0.bias"

@@ -111,7 +111,6 @@ def test_a_card_that_is_not_sound(native, change, words):
             ["conv_in.weight", "conv_out.weight", "time_embedding.linear_1.weight"],
             "the weights of a UNet2DM",
         ),
-        (["model.diffusion_model.input_blocks.0.0.weight"], "a checkpoint of latent diffusion"),
         (["lora_unet_mid_block.lora_up.weight"], "a LoRA"),
         (["text_model.embeddings.weight"], "a text encoder"),
         (["what", "ever"], r"nothing known \(2 tensors: ever, what, \.\.\.\)"),
