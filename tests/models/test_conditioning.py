@@ -9,6 +9,7 @@ from reverie.models.card import Card, NetworkSpec, WordsSpec
 from reverie.models.model import Model
 from reverie.models.pictures import write_pictures
 from reverie.models.provenance import again, parameters_text
+from reverie.models.sampling import prepared
 
 
 @pytest.fixture(scope="module")
@@ -85,3 +86,25 @@ def test_the_picture_says_its_prompt_and_can_be_made_again(model, tmp_path):
     repeated = again(path, model)
     assert torch.equal(repeated.uint8[0], samples.uint8[1])
     assert repeated.record["prompts"] == ["a\nstar"]
+
+
+def test_prompts_go_with_every_kind_of_guidance_and_a_worse_model_reads_them_itself(model, tmp_path):
+    """Both networks have encoders of their own: the worse one is told what its own makes of the words."""
+    torch.manual_seed(1)
+    worse = Model(build(model.card), model.card)
+    for p in worse.denoiser.network.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    x, t = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([0.3]).double()
+
+    def estimate(which, **request):
+        plan = which.plan(1, prompt="a red star", clip=False, **request)
+        with torch.no_grad():
+            return prepared(which.denoiser, plan, range(1), torch.device("cpu"), which.conditioner)(x, t).x0
+
+    plain, bad = estimate(model, guidance=1.0), estimate(worse, guidance=1.0)
+    found = estimate(model, bad=worse, auto_guidance=3.0)
+    torch.testing.assert_close(found, bad + 3 * (plain - bad), rtol=1e-4, atol=1e-4)
+    assert (found - plain).abs().max() > 1e-2
+    request = {"prompt": "red", "guidance": 2.0, "perturbed": 1.0, "guidance_rescale": 0.5}
+    samples = model.sample(1, steps=2, guidance_interval=(0.1, 0.9), **request)
+    assert torch.equal(again(write_pictures(samples, tmp_path)[0], model).uint8, samples.uint8)
