@@ -145,7 +145,7 @@ def settle_interval(interval: Sequence[float] | None) -> tuple[float, float] | N
 
 def settle_rescale(rescale: float | None) -> float | None:
     """Return phi; None for none."""
-    if rescale is not None and not 0 <= number("guidance_rescale", rescale) <= 1:
+    if rescale is not None and not 0 <= finite("guidance_rescale", rescale) <= 1:
         raise UsageError(f"guidance_rescale is {rescale}; it must lie in [0, 1] (0 means none)")
     return float(rescale) if rescale else None
 
@@ -158,7 +158,7 @@ def settle_perturbed(network: nn.Module, scale: float | None) -> float | None:
         raise UsageError(
             f"perturbed is {scale}, but this model's network has no self-attention to perturb; leave it out"
         )
-    return number("perturbed", scale)
+    return finite("perturbed", scale)
 
 
 def settle_auto(
@@ -170,7 +170,7 @@ def settle_auto(
     if bad is None or weight is None:
         missing, given = ("bad, the worse model", "auto_guidance") if bad is None else ("auto_guidance", "bad")
         raise UsageError(f"{given} is given without {missing}; autoguidance needs both")
-    if number("auto_guidance", weight) == 1:
+    if finite("auto_guidance", weight) == 1:
         raise UsageError("auto_guidance is 1, which is none; give more than 1, or leave it and bad out")
     if w not in (None, 1.0):
         raise UsageError(f"guidance is {w} beside auto_guidance {weight}; guide by one of them, the other at 1")
@@ -193,7 +193,7 @@ def words(shape: Iterable[int]) -> str:
     return "x".join(map(str, shape))
 
 
-def number(name: str, value: Any) -> float:
+def finite(name: str, value: Any) -> float:
     """Return a number that was asked for, having refused what is none or not finite."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise UsageError(f"{name} is {value!r}; it must be a finite number")

@@ -22,7 +22,7 @@ from reverie.diffusion.samplers.learned import Learned
 from reverie.diffusion.schedules import Schedule, Table
 from reverie.models.automatic import AUTO, choose
 from reverie.models.card import Card
-from reverie.models.guiding import UNGUIDED, Guiding, Worse, count_within, settle_guiding
+from reverie.models.guiding import UNGUIDED, Guiding, Worse, count_within, finite, settle_guiding
 
 # Rows of a network call in exact mode: as many as make BUCKET_PIXELS pixels, a power of two, MAX_ROWS at
 # most. Changing either changes the last bits of every picture.
@@ -305,13 +305,6 @@ def whole(name: str, value: Any, least: int, most: int) -> int:
     if isinstance(value, bool) or not hasattr(value, "__index__") or not least <= int(value) <= most:
         raise UsageError(f"{name} is {value!r}; it must be a whole number in {least}..{most}")
     return int(value)
-
-
-def finite(name: str, value: Any) -> float:
-    """Return a number that was asked for, having refused what is none or not finite."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise UsageError(f"{name} is {value!r}; it must be a finite number")
-    return float(value)
 
 
 def first_line(error: Exception) -> str:
