@@ -52,11 +52,41 @@ RECORDED = (
 Tick = Callable[[Progress, int], None]
 
 
+def opened(settings: "SampleSettings | EditSettings", path: str, **how: Any) -> Model:
+    """Return the model, with the LoRAs and new words that were asked for."""
+    model = load(
+        path, device=settings.device, ema=settings.ema, vocabulary=settings.vocabulary, loras=weighed(settings.lora),
+        embeddings=settings.embedding, clip_skip=settings.clip_skip, **how,
+    )  # fmt: skip
+    for line in model.adapted.notes if model.adapted else ():
+        note(line)
+    return model
+
+
+def weighed(texts: Sequence[str]) -> dict[str, float]:
+    """Return FILE=WEIGHT as files and weights.
+
+    Example:
+        >>> weighed(["style.safetensors=0.8", "b.safetensors"])
+        {'style.safetensors': 0.8, 'b.safetensors': 1.0}
+    """
+    found = {}
+    for text in texts:
+        path, equals, weight = text.rpartition("=")
+        try:
+            found[path if equals else text] = float(weight) if equals else 1.0
+        except ValueError:
+            raise UsageError(
+                f"--lora is {text!r}; it must be FILE or FILE=WEIGHT, as in style.safetensors=0.8"
+            ) from None
+    return found
+
+
 def sample(settings: "SampleSettings", path: str) -> dict[str, Any]:
     """Draw the pictures, write them as they come, and return what was made."""
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-    model = load(path, device=settings.device, dtype=settings.dtype, ema=settings.ema)
+    model = opened(settings, path, dtype=settings.dtype)
     if model.card.kind != "image":
         raise UsageError(f"{path} is a model of {model.card.kind}, and no pictures come of it; sample it from Python")
     job = Job(model, settings)
@@ -265,7 +295,7 @@ def edit(settings: "EditSettings", path: str, image: str) -> dict[str, Any]:
     """Draw a picture anew, write what comes of it, and return what was made."""
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-    model = load(path, device=settings.device, ema=settings.ema)
+    model = opened(settings, path)
     first = secrets.randbelow(2**32) if settings.seed in (None, -1) else settings.seed
     how = {
         name: getattr(settings, name) for name in ("prompt", "negative_prompt", "sampler", "steps", "grid", "guidance")

@@ -20,6 +20,10 @@ class EditSettings(BaseModel):
     mask: str | None = setting("what", None, "a picture of the same size: white is drawn anew, black stays bit for bit")
     prompt: str | None = setting("what", None, "what to draw, in words", max_length=1 << 20)
     negative_prompt: str | None = setting("what", None, "what guidance leads away from", max_length=1 << 20)
+    lora: tuple[str, ...] = setting("what", (), "LoRA files, each as FILE or FILE=WEIGHT")
+    embedding: tuple[str, ...] = setting("what", (), "files of new words for prompts (textual inversion)")
+    clip_skip: int = setting("what", 0, "last layers of CLIP's text encoder that are left out", ge=0, le=64)
+    vocabulary: str | None = setting("what", None, "CLIP's vocabulary, for a file of Stable Diffusion that has none")
     class_: str | None = setting("what", None, "what to draw, of a model with classes")
     strength: float | None = setting(
         "what", None, "how far back: 0 leaves the picture, 1 is from noise; 0.8, or 1 with a mask", ge=0, le=1

@@ -40,6 +40,10 @@ class SampleSettings(BaseModel):
                               ge=-1, le=MOST_SEED)  # fmt: skip
     prompt: str | None = setting("what", None, "what to draw, in words", max_length=1 << 20)
     negative_prompt: str | None = setting("what", None, "what guidance leads away from", max_length=1 << 20)
+    lora: tuple[str, ...] = setting("what", (), "LoRA files, each as FILE or FILE=WEIGHT")
+    embedding: tuple[str, ...] = setting("what", (), "files of new words for prompts (textual inversion)")
+    clip_skip: int = setting("what", 0, "last layers of CLIP's text encoder that are left out", ge=0, le=64)
+    vocabulary: str | None = setting("what", None, "CLIP's vocabulary, for a file of Stable Diffusion that has none")
     again: str | None = setting("what", None, "a PNG of reverie's: make that picture again")
 
     sampler: Annotated[str | None, AfterValidator(named(samplers, "auto"))] = setting(

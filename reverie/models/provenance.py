@@ -12,7 +12,7 @@ References:
 import json
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,6 +24,7 @@ from pydantic import Field, ValidationError
 import reverie
 from reverie.base.errors import DataError, ModelFileError, UsageError
 from reverie.base.randomness import MAX_SEED
+from reverie.base.storage import file_digest
 from reverie.diffusion.samplers.learned import Learned
 from reverie.models.automatic import recipe
 from reverie.models.card import FittedSolver, Name, Number, Part, sentence
@@ -303,7 +304,7 @@ def again(
     for line in differences(record):
         warnings.warn(f"{path}: {line}, so the last bits may differ", RuntimeWarning, stacklevel=2)
     device = device or recorded_device(record)
-    found = the_one(record.model, path, model, device, "made")
+    found = the_one(record.model, path, model, device, "made", record.loras)
     worse = None if record.bad is None else the_one(record.bad, path, bad, str(found.device), "guided")
     with threads(record.threads):
         samples = remade(found, record, path, callback, worse)
@@ -312,15 +313,39 @@ def again(
     return samples
 
 
-def the_one(said: ModelRecord, path: Path | str, given: Model | Path | str | None, device: str, did: str) -> Model:
+def the_one(
+    said: ModelRecord,
+    path: Path | str,
+    given: Model | Path | str | None,
+    device: str,
+    did: str,
+    loras: Sequence[LoraRecord] = (),
+) -> Model:
     """Return the model that a record names, or the one given for it, having made sure of its weights."""
     found = given if isinstance(given, Model) else find_model(said, path, given, device, did)
+    put_on(found, loras, path)
     if found.digest != said.sha256:
         raise ModelFileError(
             f"{found.source} is not the model that {did} {path}: its weights have the sha256 {found.digest[:10]}..., "
             f"the record says {said.sha256[:10]}...; give the model that did"
         )
     return found
+
+
+def put_on(model: Model, loras: Sequence[LoraRecord], path: Path | str) -> None:
+    """Merge the LoRAs of a record into its model, unless they are in it.
+
+    Raises:
+        UsageError: A file is not there, or is another.
+    """
+    if not loras or model.adapted is not None:
+        return
+    from reverie.models.adapting import adapt
+
+    for lora in loras:
+        if not Path(lora.path).is_file() or file_digest(Path(lora.path)).sha256 != lora.sha256:
+            raise UsageError(f"{path} was made with the LoRA {lora.path}, which is not there, or is another now")
+    model.adapted = adapt(model, {lora.path: lora.weight for lora in loras})
 
 
 def remade(

@@ -31,6 +31,20 @@ def test_a_lora_changes_the_picture_by_its_weight_and_is_recorded(folders, tmp_p
     assert plain.record["loras"] == []
 
 
+def test_a_picture_with_a_lora_is_made_again(folders, tmp_path):
+    from reverie.models.pictures import write_pictures
+    from reverie.models.provenance import again
+
+    path = write_lora(tmp_path / "style.safetensors")
+    samples = load(folders["sd1"][0], loras={path: 0.5}).sample(1, prompt="cat", **HOW)
+    (picture,) = write_pictures(samples, tmp_path / "out")
+    with pytest.warns(RuntimeWarning, match="free batches"):
+        assert torch.equal(again(picture).uint8, samples.uint8)
+    write_lora(tmp_path / "style.safetensors", seed=5)
+    with pytest.warns(RuntimeWarning), pytest.raises(UsageError, match="another now"):
+        again(picture)
+
+
 def test_weights_change_and_go_while_the_model_is_there(folders, tmp_path):
     model = load(folders["sd1"][0])
     before = model.sample(1, prompt="cat", **HOW).images
