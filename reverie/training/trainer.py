@@ -214,10 +214,10 @@ class Run:
             start_with(denoiser.network, start, str(config.start))
             adapter.adapt(denoiser.network, config)
         denoiser.dtype = plan.dtype
+        self.model = Model(denoiser, plan.card, codec=self.codec)  # first: it lays the weights out as it likes
         self.network = denoiser.network.to(plan.device).to(memory_format=self.layout).train()  # type: ignore[call-overload]
         if config.checkpointing:
             self.network.gradient_checkpointing = True
-        self.model = Model(denoiser, plan.card, codec=self.codec)
         trained: Any = torch.compile(self.network) if config.compile else self.network
         card = plan.card
         self.denoiser = NetworkDenoiser(
