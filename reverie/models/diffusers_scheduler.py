@@ -114,8 +114,11 @@ def requests(sampler: Sampler, schedule: Schedule, grid: Tensor) -> list[list[fl
 
     Raises:
         UsageError: A step first asks at another x or t than where it starts, which a pipeline could not know: EDM's
-            churn does; or the sampler is adaptive.
+            churn does; or the sampler is adaptive, or tells the network more than the time.
     """
+    if sampler.tells:
+        more = ", ".join(sampler.tells)
+        raise UsageError(f"{sampler} tells the network {more} beside the time, which no pipeline does; use another")
     if sampler.adaptive:
         raise UsageError(f"{sampler} asks as often as it sees fit, and a pipeline must know beforehand; use another")
     found, last = [], len(grid) - 1

@@ -164,6 +164,7 @@ def padded(images: Image, factor: int) -> AnyImage:
     """Continue images (B, C, H, W) by their last row and column, until the factor divides both sizes.
 
     Example:
+        >>> import torch
         >>> padded(torch.zeros(1, 3, 13, 16), 8).shape
         torch.Size([1, 3, 16, 16])
     """
@@ -188,6 +189,7 @@ class Autoencoder(nn.Module):
         config: What it is made of.
 
     Example:
+        >>> import torch
         >>> autoencoder = Autoencoder(AutoencoderConfig(channels=(8, 8, 8, 8), latent_channels=4))
         >>> moments = autoencoder.encode(torch.zeros(2, 3, 24, 33))
         >>> moments.mean.shape, autoencoder.decode(moments.mean).shape

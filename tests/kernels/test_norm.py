@@ -59,9 +59,7 @@ def test_it_is_the_twin_with_its_gradients(level, shape, which, act):
     x = image(samples, channels, height, wide)
     # eps is large: where a group has a single value, or two, the derivative by x vanishes but for it.
     found, wanted = both(x, groups, modulations(samples, channels, which), act, eps=0.1)
-    size = max(
-        float(wanted[1].detach().abs().max()), 1.0
-    )  # of dx, or of its terms
+    size = max(float(wanted[1].detach().abs().max()), 1.0)  # of dx, or of its terms
     for index, (a, b) in enumerate(zip(found, wanted, strict=True)):
         assert a.shape == b.shape
         a, b = a.detach(), b.detach()

@@ -117,7 +117,7 @@ def test_ddim_pipeline_takes_it_in_place_of_its_own(unet):
         pipeline(1, num_inference_steps=2, use_clipped_model_output=True)
 
 
-@pytest.mark.parametrize("name", sorted(set(samplers) - {"edm", "adaptive"}))
+@pytest.mark.parametrize("name", sorted(set(samplers) - {"edm", "adaptive", "mean-flow"}))
 def test_every_sampler_in_a_loop_of_these_methods_only(name):
     sampler, x = samplers[name](), normal((2, 1, 4, 4), 0, "start").double()
     scheduler = as_scheduler(sampler, LINEAR)
@@ -125,6 +125,11 @@ def test_every_sampler_in_a_loop_of_these_methods_only(name):
     grid = grids["trailing"](LINEAR, 6)
     assert len(scheduler.timesteps) == sampler.count(LINEAR, grid)
     torch.testing.assert_close(found, ours(sampler, Net(), x, grid, [3, 4]), rtol=1e-5, atol=1e-5)
+
+
+def test_a_sampler_that_tells_more_than_the_time_is_no_scheduler():
+    with pytest.raises(UsageError, match="span"):
+        as_scheduler(samplers["mean-flow"](), LINEAR).set_timesteps(4)
 
 
 @pytest.mark.parametrize(

@@ -83,11 +83,14 @@ def test_the_config_comes_back(extra):
 def test_diffusers_defaults_are_ours():
     kept = AutoencoderConfig.from_diffusers({})
     with torch.device("meta"):
-        assert dict(AutoencoderKL().config).items() >= {
-            name: tuple(value) if isinstance(value, list) else value
-            for name, value in kept.to_diffusers().items()
-            if not name.startswith("_")
-        }.items()
+        assert (
+            dict(AutoencoderKL().config).items()
+            >= {
+                name: tuple(value) if isinstance(value, list) else value
+                for name, value in kept.to_diffusers().items()
+                if not name.startswith("_")
+            }.items()
+        )
 
 
 @pytest.mark.parametrize(

@@ -58,9 +58,10 @@ def test_the_config_comes_back(extra):
     written = json.loads(json.dumps(config.to_diffusers()))
     assert TinyAutoencoderConfig.from_diffusers(written) == config
     assert {name: written[name] for name in extra} == extra
-    assert dict(AutoencoderTiny.from_config(written).config).items() >= {
-        name: value for name, value in written.items() if not name.startswith("_")
-    }.items()
+    assert (
+        dict(AutoencoderTiny.from_config(written).config).items()
+        >= {name: value for name, value in written.items() if not name.startswith("_")}.items()
+    )
 
 
 @pytest.mark.parametrize(

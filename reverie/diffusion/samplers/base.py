@@ -83,10 +83,12 @@ class Step:
 class Sampler(ABC):
     """A rule that moves samples from time t to time s.
 
-    `stochastic` says whether a step draws noise; `adaptive`, whether it calls the denoiser as often as it sees fit.
+    `stochastic` says whether a step draws noise; `adaptive`, whether it calls the denoiser as often as it sees fit;
+    `tells`, what it tells the network beside the time, of which not every network knows.
     """
 
     adaptive: ClassVar[bool] = False
+    tells: ClassVar[tuple[str, ...]] = ()
 
     def cost(self, here: Level, there: Level) -> int:
         """Return how often the denoiser is called in a step from one level to another; at least, if adaptive."""

@@ -20,6 +20,7 @@ References:
 
 import math
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from reverie.base.errors import UsageError
 from reverie.base.randomness import Noise
@@ -70,6 +71,8 @@ class MeanFlow(Sampler):
         >>> MeanFlow().stochastic
         False
     """
+
+    tells: ClassVar[tuple[str, ...]] = ("span",)
 
     def move(self, denoiser: Denoiser, state: State, step: Step, noise: Noise) -> State:
         t = state.t.to(state.x.device)

@@ -186,7 +186,7 @@ def read_scheduler(config: Mapping[str, Any]) -> Reading:
         'v'
     """
     kind = config.get("_class_name", "DDPMScheduler")
-    if kind not in CLASSES and kind not in SOLVERS:
+    if not isinstance(kind, str) or (kind not in CLASSES and kind not in SOLVERS):
         known = ", ".join((*CLASSES, *SOLVERS))
         raise ModelFileError(f"the scheduler is a {str(kind)[:100]}; the ones that are read are {known}")
     also = SOLVER_SETTINGS.keys() if kind in SOLVERS else PASSED_ON

@@ -92,7 +92,7 @@ def test_thresholding_with_their_default_bound_is_a_clip():
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        ({"_class_name": "EulerDiscreteScheduler"}, "EulerDiscreteScheduler; the ones that are read"),
+        ({"_class_name": "CogVideoXDDIMScheduler"}, "CogVideoXDDIMScheduler; the ones that are read"),
         ({"_class_name": ["DDPMScheduler"]}, "DDPMScheduler"),
         ({"beta_schedule": "laplace"}, "beta_schedule is 'laplace'; it must be one of linear"),
         ({"beta_schedule": None}, "beta_schedule is 'None'"),
@@ -109,7 +109,7 @@ def test_thresholding_with_their_default_bound_is_a_clip():
         ({"trained_betas": [0.1] * 100_001}, "betas"),
         ({"trained_betas": [0.1, 0.2], "rescale_betas_zero_snr": True}, "only one is supported"),
         ({"clip_sample_range": None}, "clip_sample_range is 'None'"),
-        ({"use_karras_sigmas": True}, "unknown setting 'use_karras_sigmas'"),
+        ({"use_karras": True}, "unknown setting 'use_karras'"),
     ],
 )
 def test_what_is_not_sound_is_refused(config, words):

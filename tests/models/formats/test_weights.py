@@ -145,7 +145,10 @@ def test_no_change_of_bytes_is_a_traceback(tmp_path_factory, data):
 @pytest.fixture
 def state(model) -> dict[str, torch.Tensor]:
     """Return the weights of a model."""
-    return {name: tensor.clone() for name, tensor in model.denoiser.network.state_dict().items()}
+    return {
+        name: tensor.clone(memory_format=torch.contiguous_format)
+        for name, tensor in model.denoiser.network.state_dict().items()
+    }
 
 
 def unfilled(model: Model) -> torch.nn.Module:
