@@ -35,7 +35,9 @@ def kernels() -> list[Extension]:
             [str(SOURCES / "kernels.cpp")],
             depends=[str(path) for path in SOURCES.iterdir()],
             extra_compile_args=[*common, *flags],
-            extra_link_args=threads,
+            # Not linked to an OpenMP of its own: PyTorch's serves, which is loaded before. Two pools would wait for
+            # each other, and a step with two threads take ten times as long.
+            extra_link_args=[],
             language="c++",
             optional=True,
         )

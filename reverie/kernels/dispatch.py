@@ -112,8 +112,6 @@ def fast(*tensors: Tensor | None, dtypes: tuple[torch.dtype, ...] = (torch.float
     chosen = mode()
     if chosen == "plain" or torch.compiler.is_compiling():
         return False
-    if chosen == "auto" and torch.get_num_threads() > 1:
-        return False  # two OpenMP pools, ours and PyTorch's, wait for each other: ten times as long with two threads
     if library() is None:
         if chosen == "fast":
             why = next(iter(candidates().values()), "this CPU has neither AVX2 nor AVX-512")
