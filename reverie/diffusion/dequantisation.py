@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid, silu
 
 from reverie.base.errors import UsageError
-from reverie.base.randomness import generator, normal, torch_seed, uniform
+from reverie.base.randomness import generator, normals, torch_seed, uniform
 from reverie.diffusion.denoisers import Condition, Denoiser
 
 Key = tuple[int | str, ...]
@@ -91,7 +91,7 @@ class Logistic(nn.Module):
         hidden = silu(self.second(silu(self.first(images.to(like) / HALF - 1))))
         m, log_s = self.last(hidden).chunk(2, dim=1)
         log_s = log_s + math.log(1.6)  # the flattest of them, before it has learned
-        eps = torch.stack([normal(images.shape[1:], *key) for key in keys]).to(like)
+        eps = normals(images.shape[1:], keys).to(like)
         logit = m + log_s.exp() * eps
         log_slope = logsigmoid(logit) + logsigmoid(-logit)  # ln du / d logit
         log_q = -0.5 * eps.square() - 0.5 * math.log(2 * math.pi) - log_s - log_slope

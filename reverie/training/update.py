@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from reverie.base.randomness import normal, torch_seed, uniform
+from reverie.base.randomness import normals, torch_seed, uniform
 from reverie.diffusion.denoisers import Denoiser
 from reverie.diffusion.objectives import Objective
 from reverie.diffusion.times import TimeSampler
@@ -74,7 +74,7 @@ def draw_examples(
 ) -> Examples:
     """Return what a step trains on; everything random in it is a function of the seed and of (step, position)."""
     drawn = times(len(images), config.seed, "time", step)
-    eps = torch.stack([normal(images.shape[1:], config.seed, "train", int(p)) for p in positions])
+    eps = normals(images.shape[1:], [(config.seed, "train", int(p)) for p in positions])
     hidden = uniform((len(images),), config.seed, "hide", step) < config.label_dropout
     x0, condition = to_unit(images), hide(told, hidden)
     if config.fill:

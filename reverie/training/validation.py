@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from reverie.base.randomness import normal
+from reverie.base.randomness import normals
 from reverie.data.dataset import Dataset
 from reverie.diffusion.denoisers import Denoiser
 from reverie.diffusion.objectives import Simple
@@ -52,7 +52,7 @@ def held_out_loss(
     for start in range(0, len(chosen), batch_size):
         part = chosen[start : start + batch_size]
         x0 = to_unit(dataset.images(part)).to(device)
-        eps = torch.stack([normal(x0.shape[1:], 0, "validate", int(i)) for i in part]).to(device)
+        eps = normals(x0.shape[1:], [(0, "validate", int(i)) for i in part]).to(device)
         told = conditions(part)
         condition = {} if told is None else {name: value.to(device) for name, value in told.condition.items()}
         if fill:

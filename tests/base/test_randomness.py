@@ -4,6 +4,7 @@ Statistical tests have a fixed seed and a false-positive rate of 1e-5 each.
 """
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from reverie.base.randomness import MAX_SEED, Noise, generator, normal, torch_seed, uniform
+from reverie.base.randomness import MAX_SEED, Noise, generator, normal, normals, torch_seed, uniform
 
 RATE = 1e-5
 parts = st.one_of(st.integers(-(2**70), 2**70), st.text("ab1,' ", max_size=4))
@@ -71,6 +72,24 @@ def test_normal_numbers_are_standard_normal():
     assert abs(float(z.mean())) < bound
     assert abs(float(z.square().mean()) - 1) < math.sqrt(2) * bound
     assert abs(float(z.pow(4).mean()) - 3) < math.sqrt(96) * bound
+
+
+@given(st.lists(st.tuples(parts, parts), max_size=5), st.lists(st.integers(0, 3), max_size=3))
+def test_rows_are_those_of_a_fresh_generator_for_each_key(keys, shape):
+    """Odd counts as well: a generator keeps half of a word for the next number, which must not be another row's."""
+    rows = normals(shape, keys)
+    assert rows.shape == (len(keys), *shape)
+    for row, key in zip(rows, keys, strict=True):
+        fresh = generator(*key).standard_normal(tuple(shape), dtype=np.float32)
+        assert torch.equal(row, torch.tensor(fresh))
+
+
+def test_threads_do_not_disturb_each_others_numbers():
+    keys = [(seed, "thread") for seed in range(200)]
+    alone = normals((33,), keys)
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda _: normals((33,), keys), range(16)))
+    assert all(torch.equal(rows, alone) for rows in together)
 
 
 def test_uniform_numbers_are_uniform():
