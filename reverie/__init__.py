@@ -46,6 +46,7 @@ _PLACES = {
     "reverie.models.inspect": ("describe", "describe_text"),
     "reverie.models.model": ("Model", "Samples", "to_uint8"),
     "reverie.models.pictures": ("animation", "grid_picture", "read_provenance", "write_pictures"),
+    "reverie.networks.dit": ("DiT", "DiTConfig"),
     "reverie.networks.edm2": ("EDM2", "EDM2Config"),
     "reverie.networks.mlp": ("MLP", "MLPConfig"),
     "reverie.networks.unet": ("UNet", "UNetConfig"),

@@ -13,6 +13,7 @@ asks for. What that tensor means (noise, data, velocity, a variance beside it) i
 | `unet.py` | `UNet` |
 | `edm2_layers.py` | layers that keep magnitudes: the operators of EDM2 |
 | `edm2.py` | `EDM2` |
+| `dit.py` | `DiT`, a transformer over patches |
 | `mlp.py` | `MLP`, for points |
 | `numbered.py` | either, told further numbers beside its time |
 
@@ -35,6 +36,7 @@ networks = Registry(
         "autoencoder": "reverie.networks.autoencoder:Autoencoder",
         "tiny-autoencoder": "reverie.networks.tiny_autoencoder:TinyAutoencoder",
         "edm2": "reverie.networks.edm2:EDM2",
+        "dit": "reverie.networks.dit:DiT",
         "mlp": "reverie.networks.mlp:MLP",
         "numbered": "reverie.networks.numbered:Numbered",
     },

@@ -68,8 +68,10 @@ class TrainConfig(BaseModel):
     lora_alpha: float | None = option("start", None, "its strength is alpha / rank; the rank", gt=0)
     fill: bool = option("start", False, "learn to fill in what a mask leaves out, as reverie edit --mask asks for")
 
-    network: Literal["unet", "edm2"] = option(
-        "network", "unet", "unet, or edm2, whose layers keep magnitudes: with EDM's noise, output, times and averages"
+    network: Literal["unet", "edm2", "dit"] = option(
+        "network",
+        "unet",
+        "unet; edm2, whose layers keep magnitudes, with EDM's noise, output, times and averages; dit, a transformer",
     )
     preset: Literal["auto", "tiny", "small", "base", "large", "xs", "s", "m", "l", "xl", "xxl"] = option(
         "network", "auto", "size of the network; xs to xxl are the EDM2 paper's"
@@ -77,9 +79,10 @@ class TrainConfig(BaseModel):
     widths: tuple[Annotated[int, Field(ge=1, le=16384)], ...] | None = option(
         "network", None, "channels of each level, comma-separated; from the preset", min_length=1, max_length=8
     )
-    layers: int | None = option("network", None, "residual blocks a level; from the preset", ge=1, le=16)
+    layers: int | None = option("network", None, "residual blocks a level, dit's in all; from the preset", ge=1, le=64)
     attention: tuple[bool, ...] | None = option("network", None, "self-attention at each level; from the preset")
     head_dim: int | None = option("network", None, "channels of an attention head; from the preset", ge=1, le=1024)
+    patch: int | None = option("network", None, "pixels a side of dit's patches; 16 patches a side", ge=1, le=64)
     dropout: float = option("network", 0.0, "dropout in the residual blocks", ge=0, lt=1)
     time_scale_shift: bool = option("network", False, "time enters by scale and shift, not by addition")
     checkpointing: bool = option("network", False, "recompute activations in the backward pass: less memory, more time")
@@ -195,6 +198,7 @@ class TrainConfig(BaseModel):
             yield "time_scale_shift and captions are the U-Net's; edm2 has neither"
         if self.network == "unet" and self.preset in ("xs", "s", "m", "l", "xl", "xxl"):
             yield f"preset {self.preset} is edm2's; the U-Net's are tiny, small, base and large"
+        yield from self.of_transformers()
         if self.times != "log-normal" and not (self.time_mean is None and self.time_std is None):
             yield f"time_mean and time_std belong to times log-normal, not to {self.times}"
         if self.decay != "inverse-sqrt" and self.decay_after is not None:
@@ -206,6 +210,21 @@ class TrainConfig(BaseModel):
         for field, registry in (("schedule", schedules), ("prediction", predictions), ("weight", weights)):
             if getattr(self, field) not in registry:
                 yield f"{field} is {getattr(self, field)!r}; it must be one of {', '.join(registry)}"
+
+    def of_transformers(self) -> Any:
+        """Yield what does not go with a transformer, or goes with nothing else, in words."""
+        if self.network != "dit":
+            if self.patch is not None:
+                yield f"patch is dit's; {self.network} has none"
+            return
+        if self.attention or self.time_scale_shift:
+            yield "attention and time_scale_shift are the U-Net's; dit has neither"
+        if self.widths and len(self.widths) != 1:
+            yield f"dit has one width; widths names {len(self.widths)}"
+        if self.preset in ("xs", "s", "m", "l", "xl", "xxl"):
+            yield f"preset {self.preset} is edm2's; dit's are tiny, small, base and large"
+        if self.objective == "mean-flow":
+            yield "objective mean-flow tells the network a second time, for which dit has no place"
 
     def starting(self) -> Any:
         """Yield what does not go with a model to start from, or needs one, in words."""
@@ -290,8 +309,8 @@ SLOPED = ("continuous-consistency", "mean-flow")
 TAUGHT = ("easy-consistency", "reflow", "progressive", "latent-consistency")
 IDLE = ("distance", "weight", "uncertainty", "validate_every", "sample_steps")
 TEACHERS = (
-    "network", "preset", "widths", "layers", "attention", "head_dim", "time_scale_shift", "schedule", "timesteps",
-    "zero_snr", "prediction", "codec",
+    "network", "preset", "widths", "layers", "patch", "attention", "head_dim", "time_scale_shift", "schedule",
+    "timesteps", "zero_snr", "prediction", "codec",
 )  # fmt: skip
 
 STARTED = TEACHERS
@@ -306,7 +325,7 @@ EDM2: dict[str, Any] = {
 FIXED = (
     "data", "size", "channels", "labels", "captions", "flip", "limit", "held_out", "seed", "preset", "widths", "layers",
     "network", "time_mean", "time_std", "uncertainty", "ema_lengths",
-    "attention", "head_dim", "dropout", "time_scale_shift", "schedule", "timesteps", "zero_snr", "prediction",
+    "patch", "attention", "head_dim", "dropout", "time_scale_shift", "schedule", "timesteps", "zero_snr", "prediction",
     "learned_variance", "objective", "distance", "weight", "times", "label_dropout", "batch_size", "accumulate", "ema",
     "target_decay", "student_steps", "fill", "lora", "lora_alpha",
 )  # fmt: skip

@@ -4,7 +4,7 @@ Each is a default that a flag overrides, and the run prints them before it start
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,10 +18,12 @@ from reverie.diffusion.registry import schedules
 from reverie.models.card import Card, CodecSpec, DataRecord, NetworkSpec, SamplingDefaults, ScheduleSpec, WordsSpec
 from reverie.models.model import Model
 from reverie.networks import networks
+from reverie.networks.dit import DiTConfig
 from reverie.networks.edm2 import RATES, SIZES
 from reverie.training.config import FEW_STEPS, TrainConfig
 from reverie.training.few_step import RATE, SAMPLING, student_card
 from reverie.training.start import start_card
+from reverie.training.transformer import TRANSFORMER_PRESETS, TransformerPreset, transformer_config, transformer_words
 
 
 class Preset(NamedTuple):
@@ -47,9 +49,14 @@ EDM2_PRESETS = {
     "large": Preset(128, (1, 2, 3, 4, 5, 6), 3, 0.012),
     **{name: Preset(width, (1, 2, 3, 4, 5, 6), 3, RATES[name]) for name, width in SIZES.items()},
 }
+ALL_PRESETS: dict[str, Mapping[str, Preset | TransformerPreset]] = {
+    "unet": PRESETS,
+    "edm2": EDM2_PRESETS,
+    "dit": TRANSFORMER_PRESETS,
+}
 GUIDANCE = 3.0  # of a model that takes prompts, where nobody says otherwise
 EDM_SAMPLING = SamplingDefaults(sampler="heun", grid="karras", steps=32)  # as EDM2's paper does
-NETWORK_WORDS = {"edm2": "EDM2"}
+NETWORK_WORDS = {"edm2": "EDM2", "dit": "transformer"}
 TABLES = ("linear", "scaled-linear", "cosine", "sigmoid", "sigmoid-in-beta")
 
 
@@ -85,12 +92,20 @@ class Plan:
             f"latents: {latents} by {codec.name}, scale {codec.scale}, shift {codec.shift}" if codec else "",
             f"images: {data.preparation}" if data and data.preparation else "",
             f"captions: {len(text.entries)} words and letters, {text.length} to a caption" if text else "",
-            f"network: {NETWORK_WORDS.get(self.card.network.name, 'U-Net')}, "
-            f"channels {plain(network.channels)}, {plain(network.layers)} blocks a level, "
-            f"attention {plain(network.attention)}",
+            f"network: {NETWORK_WORDS.get(self.card.network.name, 'U-Net')}, {network_words(network)}",
             f"predicts {self.card.prediction} on the {self.card.schedule.name} schedule; {arithmetic} on {self.device}",
         ]
         return [line for line in lines if line]
+
+
+def network_words(network: Any) -> str:
+    """Return the sizes of a network in words."""
+    if isinstance(network, DiTConfig):
+        return transformer_words(network)
+    return (
+        f"channels {plain(network.channels)}, {plain(network.layers)} blocks a level, "
+        f"attention {plain(network.attention)}"
+    )
 
 
 def plain(value: Any) -> Any:
@@ -143,10 +158,10 @@ def make_plan(
         return Plan(card, device, choose_dtype(config.dtype, device), config.learning_rate or RATE)
     labels = config.labels and bool(dataset.classes) and not config.captions
     text = words_of(dataset) if config.captions else None
-    preset = (EDM2_PRESETS if config.network == "edm2" else PRESETS)[choose_preset(config, device)]
+    preset = ALL_PRESETS[config.network][choose_preset(config, device)]
     card = Card(
         shape=dataset.shape,
-        network=with_span(config, network_spec(network_config(config, dataset, preset, labels), text, preset)),
+        network=with_span(config, choose_network(config, dataset, preset, labels, text)),
         schedule=schedule_spec(config),
         prediction=config.prediction,
         learned_variance=config.learned_variance,
@@ -192,6 +207,15 @@ def words_of(dataset: Dataset) -> WordsSpec:
         )
     vocabulary = make_vocabulary(given)
     return WordsSpec(entries=vocabulary.entries, length=vocabulary.length)
+
+
+def choose_network(
+    config: TrainConfig, dataset: Dataset, preset: Preset | TransformerPreset, labels: bool, text: WordsSpec | None
+) -> NetworkSpec:
+    """Return the network of a run."""
+    if isinstance(preset, TransformerPreset):
+        return NetworkSpec(name="dit", config=transformer_config(config, dataset, preset, labels))
+    return network_spec(network_config(config, dataset, preset, labels), text, preset)
 
 
 def network_spec(unet: dict[str, Any], text: WordsSpec | None, preset: Preset) -> NetworkSpec:

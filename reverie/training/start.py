@@ -28,7 +28,7 @@ from reverie.models.load import load
 from reverie.models.model import Model
 from reverie.training.config import TrainConfig
 
-NETWORKS = ("unet", "captioned", "edm2")
+NETWORKS = ("unet", "captioned", "edm2", "dit")
 FILLING = ("unet", "captioned")
 ENTRY = "conv_in.weight"  # what new channels are added to
 

@@ -72,3 +72,32 @@ def test_a_device_that_is_not_there_is_refused():
 
 def test_the_plan_speaks(digits):
     assert any("1797 images of 8x8 grey, 10 classes" in line for line in plan(digits).lines())
+
+
+def test_a_transformers_patches_follow_the_size(digits):
+    made = plan(digits, network="dit", preset="tiny").card.network
+    assert made.name == "dit"
+    assert (made.config["patch"], made.config["width"], made.config["num_class_embeds"]) == (1, 128, 11)
+    large = plan(open_dataset("shapes:64,count=4"), network="dit", layers=3, widths=(96,), head_dim=24).card.network
+    assert [large.config[name] for name in ("patch", "width", "depth", "heads")] == [4, 96, 3, 4]
+    assert any("patches of 1x1, width 128" in line for line in plan(digits, network="dit", preset="tiny").lines())
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"attention": (True, False)}, "dit has neither"),
+        ({"widths": (32, 64)}, "one width"),
+        ({"preset": "xs"}, "edm2's"),
+        ({"captions": True}, "need network unet"),
+        ({"network": "unet", "patch": 2}, "patch is dit's"),
+    ],
+)
+def test_what_a_transformer_has_not_is_refused(settings, words):
+    with pytest.raises(ValueError, match=words):
+        TrainConfig(out="x", **({"network": "dit"} | settings))
+
+
+def test_heads_that_do_not_divide_are_refused(digits):
+    with pytest.raises(UsageError, match="do not divide into heads of 12"):
+        plan(digits, network="dit", widths=(64,), head_dim=12)
