@@ -11,8 +11,10 @@ from pathlib import Path
 from setuptools import Extension, setup
 
 SOURCES = Path("reverie/kernels/csrc")
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"]
 LEVELS = {
-    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"],
+    "avx512bf16": [*AVX512, "-mavx512bf16"],
+    "avx512": AVX512,
     "avx2": ["-mavx2", "-mfma"],
 }
 
@@ -28,7 +30,8 @@ def kernels() -> list[Extension]:
     if platform.machine().lower() not in ("x86_64", "amd64") or sys.platform == "win32":
         return []
     threads = [] if sys.platform == "darwin" else ["-fopenmp"]
-    common = ["-std=gnu++17", "-O3", "-fvisibility=hidden", "-Wno-psabi", f"-DREVERIE_SOURCES={checksum()}u", *threads]
+    said = ["-Wno-psabi", "-Wno-uninitialized"]  # the latter of GCC 12's own headers
+    common = ["-std=gnu++17", "-O3", "-g0", "-fvisibility=hidden", f"-DREVERIE_SOURCES={checksum()}u", *said, *threads]
     return [
         Extension(
             f"reverie.kernels._{level}",

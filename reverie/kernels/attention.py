@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from reverie.kernels.dispatch import call, fast, integers, pointer
+from reverie.kernels.dispatch import call, fast, has, integers, pointer
 
 Queries = Float[Tensor, "b n c"]
 Keys = Float[Tensor, "b m c"]
@@ -52,7 +52,8 @@ def attention(q: Queries, k: Keys, v: Keys, heads: int, mask: Mask | None = None
     if 0 in (*q.shape, *k.shape) or not fast(q, k, v):
         return plain(q, k, v, heads, mask)
     dtype = q.dtype
-    q, k, v = (tokens.float() for tokens in (q, k, v))
+    if not all(in_bfloat16(tokens) for tokens in (q, k, v)):
+        q, k, v = (tokens.float() for tokens in (q, k, v))
     if mask is not None and mask.requires_grad:  # a learned bias
         return plain(q, k, v, heads, mask).to(dtype)
     return Attend.apply(q, k, v, added(mask), heads).to(dtype)
@@ -67,7 +68,7 @@ def self_attention(qkv: Float[Tensor, "b n c3"], heads: int) -> Queries:
     """
     if 0 in qkv.shape or not fast(qkv):
         return plain(*parts(qkv), heads)
-    return AttendSelf.apply(qkv.float(), heads).to(qkv.dtype)
+    return AttendSelf.apply(qkv if in_bfloat16(qkv) else qkv.float(), heads).to(qkv.dtype)
 
 
 def plain(q: Queries, k: Keys, v: Keys, heads: int, mask: Mask | None = None) -> Queries:
@@ -112,6 +113,11 @@ def added(mask: Tensor | None) -> Tensor | None:
     return torch.zeros(mask.shape).masked_fill_(~mask, -math.inf)
 
 
+def in_bfloat16(tokens: Tensor) -> bool:
+    """Whether the library multiplies these numbers as they are."""
+    return tokens.dtype == torch.bfloat16 and has("reverie_attention_bfloat16")
+
+
 # The library's ------------------------------------------------------------------------------------
 
 
@@ -134,18 +140,20 @@ class Call:
             integers(*mask_strides),
             ctypes.c_float(1 / math.sqrt(self.width)),
         )
+        self.suffix = "_bfloat16" if q.dtype == torch.bfloat16 else ""
         self.out_shape, self.lse_shape = (batch, queries, channels), (batch, heads, queries)
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """Return what the tokens see, and the logarithm of each query's sum."""
-        out, lse = torch.empty(self.out_shape), torch.empty(self.lse_shape)
-        call("reverie_attention", *self.arguments, pointer(out), pointer(lse))
+        out, lse = torch.empty(self.out_shape, dtype=self.tokens[0].dtype), torch.empty(self.lse_shape)
+        call("reverie_attention" + self.suffix, *self.arguments, pointer(out), pointer(lse))
         return out, lse
 
     def backward(self, out: Tensor, lse: Tensor, dout: Tensor, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
         """Write the gradients of queries, keys and values."""
         strides = ctypes.c_int64(dq.stride(1)), ctypes.c_int64(dk.stride(1))
-        call("reverie_attention_backward", *self.arguments, *map(pointer, (out, dout, lse, dq, dk, dv)), *strides)
+        given = map(pointer, (out, dout, lse, dq, dk, dv))
+        call("reverie_attention_backward" + self.suffix, *self.arguments, *given, *strides)
 
 
 class Attend(torch.autograd.Function):
@@ -163,7 +171,7 @@ class Attend(torch.autograd.Function):
         q, k, v, mask, out, lse = ctx.saved_tensors
         if torch.is_grad_enabled():
             return (*again(lambda q, k, v: by_formula(q, k, v, ctx.heads, mask), (q, k, v), dout), None, None)
-        dq, dk, dv = (torch.empty(x.shape) for x in (q, k, v))
+        dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
         Call(q, k, v, mask, ctx.heads).backward(out, lse, dout.contiguous(), dq, dk, dv)
         return dq, dk, dv, None, None
 
@@ -183,7 +191,7 @@ class AttendSelf(torch.autograd.Function):
         qkv, out, lse = ctx.saved_tensors
         if torch.is_grad_enabled():
             return (*again(lambda qkv: by_formula(*parts(qkv), ctx.heads), (qkv,), dout), None)
-        gradient = torch.empty(qkv.shape)
+        gradient = torch.empty(qkv.shape, dtype=qkv.dtype)
         call = Call(*parts(qkv), None, ctx.heads)
         call.backward(out, lse, dout.contiguous(), *parts(gradient))
         return gradient, None

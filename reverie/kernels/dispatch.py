@@ -22,7 +22,7 @@ from reverie.base.errors import UsageError
 VARIABLE = "REVERIE_KERNELS"
 MODES = ("auto", "fast", "plain")
 LEVELS = {"AVX512": ("avx512", "avx2"), "AVX2": ("avx2",)}  # by PyTorch's word for what the CPU has, the best first
-NAMES = {"avx512": "AVX-512", "avx2": "AVX2"}
+NAMES = {"avx512bf16": "AVX-512 with bfloat16", "avx512": "AVX-512", "avx2": "AVX2"}
 FOLDER = Path(__file__).parent
 
 
@@ -45,10 +45,21 @@ def sources() -> int | None:
     return zlib.crc32(b"".join(path.read_bytes() for path in files)) if files else None
 
 
+def levels() -> tuple[str, ...]:
+    """Return the instruction sets that this CPU has and a library may be built for, the best first."""
+    found = LEVELS.get(torch.backends.cpu.get_cpu_capability(), ())
+    return ("avx512bf16", *found) if "avx512" in found and multiplies_bfloat16() else found
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether this CPU has AVX-512's dot product of bfloat16 (Zen 4, Cooper Lake, Sapphire Rapids and later)."""
+    return bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)())
+
+
 @cache
 def candidates() -> dict[str, str]:
     """Return each instruction set that this CPU has, and what speaks against its library: "" for nothing."""
-    return {level: refused(level) for level in LEVELS.get(torch.backends.cpu.get_cpu_capability(), ())}
+    return {level: refused(level) for level in levels()}
 
 
 def refused(level: str) -> str:
@@ -67,7 +78,7 @@ def refused(level: str) -> str:
 @cache
 def opened(level: str) -> ctypes.CDLL | None:
     """Return the library for an instruction set, or None where there is none."""
-    path = next(iter(sorted(FOLDER.glob(f"_{level}*.so"))), None)
+    path = next(iter(sorted(FOLDER.glob(f"_{level}.*so"))), None)
     if path is None:
         return None
     library = ctypes.CDLL(str(path))
@@ -119,6 +130,16 @@ def fast(*tensors: Tensor | None, dtypes: tuple[torch.dtype, ...] = (torch.float
         return False
     given = [tensor for tensor in tensors if tensor is not None]
     return all(plain_memory(tensor) and tensor.dtype in dtypes for tensor in given) and not traced()
+
+
+def has(name: str) -> bool:
+    """Whether the library has a function: those for bfloat16 need a processor that multiplies it.
+
+    Example:
+        >>> has("reverie_of_nothing")
+        False
+    """
+    return library() is not None and hasattr(library(), name)
 
 
 def plain_memory(tensor: Tensor) -> bool:

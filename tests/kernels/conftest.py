@@ -1,10 +1,9 @@
 import pytest
-import torch
 
 from reverie.kernels import dispatch
 
 
-@pytest.fixture(params=list(dispatch.LEVELS.get(torch.backends.cpu.get_cpu_capability(), ())))
+@pytest.fixture(params=list(dispatch.levels()))
 def level(request, monkeypatch):
     """Each library that can run here, in turn, in use."""
     why = dispatch.candidates()[request.param]

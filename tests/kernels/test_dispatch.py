@@ -70,6 +70,25 @@ def test_what_pytorch_traces_is_pytorchs(level):
         assert not dispatch.fast(fake.from_tensor(x))
 
 
+def test_no_library_runs_where_its_instructions_are_missing(monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    assert dispatch.levels() == ("avx512", "avx2")
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    assert dispatch.levels() == ("avx512bf16", "avx512", "avx2")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    assert dispatch.levels() == ("avx2",)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+    assert dispatch.levels() == ()
+
+
+def test_a_level_is_not_taken_for_another_whose_name_it_begins(tmp_path, monkeypatch):
+    (tmp_path / "_avx512bf16.so").write_text("nothing")
+    monkeypatch.setattr(dispatch, "FOLDER", tmp_path)
+    monkeypatch.setattr(dispatch, "opened", dispatch.opened.__wrapped__)
+    assert "not built" in dispatch.refused("avx512")
+
+
 def test_a_network_gives_what_it_gives_in_plain_pytorch(level, monkeypatch):
     torch.manual_seed(0)
     config = UNetConfig(in_channels=1, channels=(32, 64), attention=(False, True), head_dim=8)

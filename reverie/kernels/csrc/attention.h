@@ -1,5 +1,5 @@
-// Attention in blocks of QB queries and KB keys: scores never leave the nearest cache. Queries lie along the vectors,
-// so that the softmax over the keys is a sum of vectors, and keys and values are read where they are.
+// Attention in blocks of QB queries and KB keys: scores never leave the registers, their weights never the nearest
+// cache. Queries lie along the vectors, so that the softmax over the keys is a sum of vectors.
 //
 //     s = k q^T scale (+ mask),  p = 2^(s log2(e) - lse),  o = p^T v / sum p
 //     dv = p do,  dp = v do^T,  ds = p (dp - sum_d o do),  dq = ds^T k scale,  dk = ds q scale
@@ -8,25 +8,32 @@
 #pragma once
 #include "gemm.h"
 
-constexpr int QB = 64, KB = 64;
+constexpr int QB = 64, KB = 96;
+constexpr int TILE = 6;  // keys whose scores are in registers at once, with PANEL vectors of queries
 constexpr float LOG2E = 1.44269504088896341f;
+// A query's weights are 2^(s - level), where the level is raised only when a score exceeds it by more than this: it
+// divides out in the end, and what was summed seldom has to be scaled again.
+constexpr float SLACK = 16;
+constexpr float VERY_LARGE = 1 << 20;
 
-// Where the numbers are: strides in floats of sample, head and token; the channels of a head lie side by side.
-struct Tokens {
-    const float* data;
+// Where the numbers are: strides in numbers of sample, head and token; the channels of a head lie side by side.
+template <class T> struct Tokens {
+    const T* data;
     int64_t sample, head, token;
-    const float* at(long b, long h) const { return data + b * sample + h * head; }
+    const T* at(long b, long h) const { return data + b * sample + h * head; }
 };
 
 struct Shape {
     int64_t samples, heads, queries, keys, dim;
 };
 
-// Keys of the next block, of those from j on: blocks of as equal size as can be.
-static inline long share(long keys, long j) {
-    const long left = (keys - j + KB - 1) / KB;
-    return (keys - j + left - 1) / left;
-}
+struct Mask {
+    const float* data;  // null: none
+    int64_t sample, head, query, key;
+    const float* at(long b, long h, long q, long j) const {
+        return data + b * sample + h * head + q * query + j * key;
+    }
+};
 
 static inline long up(long n) { return (n + W - 1) / W * W; }
 
@@ -60,20 +67,22 @@ static inline void transpose(V* v) {
 }
 #endif
 
-// Rows [0, count), times a factor, as columns (dim, QB); columns up to the next whole vector are zero.
-static void columns(const float* x, long token, long count, long dim, float factor, float* to) {
+// Rows [0, count) as columns of words (dim, QB); columns up to the next whole vector are zero.
+template <class N>
+static void columns(const typename N::Number* x, long token, long count, long dim, float* to) {
     for (long q = 0; q < count; q += W)
-        for (long d = 0; d < dim; d += W) {
+        for (long d = 0; d < words<N>(dim); d += W) {
             V v[W];
             for (long i = 0; i < W; i++)
-                v[i] = q + i < count ? load_n(x + (q + i) * token + d, dim - d) * all(factor) : V{};
+                v[i] = q + i < count ? load_words<N>(x + (q + i) * token + d * N::STEP, dim - d * N::STEP) : V{};
             transpose(v);
-            for (long i = 0; i < W && d + i < dim; i++) store(to + (d + i) * QB + q, v[i]);
+            for (long i = 0; i < W && d + i < words<N>(dim); i++) store(to + (d + i) * QB + q, v[i]);
         }
 }
 
 // Columns (dim, QB), times a factor for each, as rows [0, count).
-static void columns_to_rows(const float* from, long count, long dim, const float* factors, float* x, long token) {
+template <class T>
+static void columns_to_rows(const float* from, long count, long dim, const float* factors, T* x, long token) {
     for (long q = 0; q < count; q += W)
         for (long d = 0; d < dim; d += W) {
             V v[W];
@@ -84,120 +93,271 @@ static void columns_to_rows(const float* from, long count, long dim, const float
         }
 }
 
-// Rows [0, count) side by side, in rows of `width` numbers; rows up to `most` and numbers beyond `dim` are zero.
-static void rows(const float* x, long token, long count, long most, long dim, float* to, long width) {
-    for (long q = 0; q < most; q++) {
-        const long there = q < count ? dim : 0;
-        if (there == 8) memcpy(to + q * width, x + q * token, 8 * sizeof(float));
-        else if (there) memcpy(to + q * width, x + q * token, dim * sizeof(float));
-        if (there < width) memset(to + q * width + there, 0, (width - there) * sizeof(float));
+// Rows [0, count) side by side, in whole words.
+template <class N> static void rows(const typename N::Number* x, long token, long count, long dim, float* to) {
+    for (long j = 0; j < count; j++, to += words<N>(dim)) {
+        if (dim % N::STEP) to[words<N>(dim) - 1] = 0;
+        if (dim == 8) memcpy(to, x + j * token, 8 * sizeof *x);
+        else memcpy(to, x + j * token, dim * sizeof *x);
     }
 }
 
-static void add_mask(float* s, const float* mask, long query, long key, long count, long keys) {
-    for (long j = 0; j < keys; j++)
-        for (long q = 0; q < count; q++) s[j * QB + q] += mask[q * query + j * key] * LOG2E;
+// Rows [0, count) in words that go along the rows: `dim` of them for each STEP rows.
+template <class N> static void across_rows(const typename N::Number* x, long token, long count, long dim, float* to) {
+    if constexpr (N::STEP == 1) return rows<N>(x, token, count, dim, to);
+    for (long j = 0; j < count; j += 2, to += dim) {
+        const typename N::Number *a = x + j * token, *b = a + token;
+        for (long d = 0; d < dim; d++) {
+            const uint32_t word = uint32_t(a[d]) | (j + 1 < count ? uint32_t(b[d]) << 16 : 0);
+            memcpy(to + d, &word, sizeof word);
+        }
+    }
 }
 
-struct Mask {
-    const float* data;  // null: none
-    int64_t sample, head, query, key;
-    const float* at(long b, long h, long q, long j) const {
-        return data + b * sample + h * head + q * query + j * key;
+// What a mask adds to the scores of W queries and one key.
+static inline V mask_of(const float* mask, long query, long count) {
+    if (query == 0) return all(*mask * LOG2E);
+    V v = {};
+    for (long i = 0; i < W && i < count; i++) v[i] = mask[i * query];
+    return v * all(LOG2E);
+}
+
+// A block of queries on its way along the keys.
+template <class N> struct Forward {
+    long keys, dim;         // of all the keys; channels of a head
+    const float *q, *k, *v;  // in words: (dim, QB), (keys, dim), and (keys, dim) across the rows
+    const float* mask;      // of the first query and key; null: none
+    long mask_query, mask_key;
+    long count;   // queries that there are
+    float scale;  // of the scores, as powers of two
+    bool scaled;  // whether they are scaled before anything is done with them: for a mask, or where they are very large
+    float *p;               // weights, in words across the keys of a block: (KB, QB)
+    float *level, *total;   // (QB)
+    float* out;             // (dim, QB)
+
+    void begin() {
+        scaled = mask != nullptr;
+        memset(out, 0, dim * QB * sizeof(float));
+        for (long c = 0; c < QB; c++) level[c] = -INF, total[c] = 0;
+    }
+
+    // Keys from `first` on, and NV vectors of queries from column c on.
+    template <int NV> void block(long first, long last, long c) {
+        long taken = first;
+        for (long j = first; j < last; j += TILE)
+            some_keys<TILE, NV>(int(last - j < TILE ? last - j : TILE), first, j, c, taken);
+        take<NV>(first, taken, last, c);
+    }
+
+    template <int ROWS, int NV> void some_keys(int rows, long first, long j, long c, long& taken) {
+        if (rows == ROWS) weights<ROWS, NV>(first, j, c, taken);
+        else if constexpr (ROWS > 1) some_keys<ROWS - 1, NV>(rows, first, j, c, taken);
+    }
+
+    // out += p^T v for the keys whose weights wait.
+    template <int NV> void take(long first, long taken, long until, long c) {
+        if (taken == until) return;
+        panel<N, false, NV>(dim, words<N>(until - taken), v + taken / N::STEP * dim, 1, dim,
+                           p + (taken - first) / N::STEP * QB + c, QB, out + c, QB);
+    }
+
+    template <int ROWS, int NV> void weights(long first, long j, long c, long& taken) {
+        V s[ROWS][NV] = {};
+        product<N>(s, words<N>(dim), k + j * words<N>(dim), words<N>(dim), 1, q + c, QB);
+        if (__builtin_expect(scaled, 0)) rescore(s, j, c);
+        V top[NV];
+        bool higher = false;
+#pragma GCC unroll 4
+        for (int x = 0; x < NV; x++) {
+            top[x] = s[0][x];
+#pragma GCC unroll 6
+            for (int i = 1; i < ROWS; i++) top[x] = larger(top[x], s[i][x]);
+            top[x] *= all(scaled ? 1 : scale);
+            higher |= exceeds(top[x], load(level + c + x * W) + all(SLACK));
+        }
+        if (__builtin_expect(higher, 0)) {
+            take<NV>(first, taken, j, c);
+            taken = j;
+            bool large = false;
+            for (int x = 0; x < NV; x++) large |= raise(top[x], c + x * W);
+            if (large && !scaled) {
+                scaled = true;
+                rescore(s, j, c);
+            }
+        }
+        const V factor = all(scaled ? 1 : scale);
+        float* to = p + (j - first) / N::STEP * QB + c;
+#pragma GCC unroll 4
+        for (int x = 0; x < NV; x++) {
+            V low = load(level + c + x * W), sum = {};
+            low = low == all(-INF) ? V{} : low;  // a query that may look at nothing yet: p = 0, not NaN
+#pragma GCC unroll 6
+            for (int i = 0; i < ROWS; i++) {
+                s[i][x] = N::exp2(s[i][x] * factor - low);
+                sum += s[i][x];
+            }
+            store(total + c + x * W, load(total + c + x * W) + sum);
+#pragma GCC unroll 6
+            for (int i = 0; i < ROWS; i += N::STEP)
+                store(to + i / N::STEP * QB + x * W, N::join(s[i][x], i + 1 < ROWS ? s[i + 1][x] : V{}));
+        }
+    }
+
+    // Scores in their final scale, with the mask.
+    template <int ROWS, int NV> void rescore(V (&s)[ROWS][NV], long j, long c) {
+        for (int i = 0; i < ROWS; i++)
+            for (int x = 0; x < NV; x++) {
+                const long from = c + x * W;
+                s[i][x] *= all(scale);
+                if (mask)
+                    s[i][x] += mask_of(mask + from * mask_query + (j + i) * mask_key, mask_query, count - from);
+            }
+    }
+
+    // Raise the levels of W queries to their scores where those are much higher; whether any is very large.
+    bool raise(V top, long c) {
+        const V before = load(level + c), now = top > before + all(SLACK) ? top : before;
+        const V shrink = now == before ? all(1) : exp2v<true>(before - now);
+        store(level + c, now);
+        store(total + c, load(total + c) * shrink);
+        for (long d = 0; d < dim; d++) store(out + d * QB + c, load(out + d * QB + c) * shrink);
+        return exceeds(now, all(VERY_LARGE)) || (exceeds(all(-VERY_LARGE), now) && exceeds(now, all(-INF)));
+    }
+
+    void run() {
+        begin();
+        const long tiles = (keys + TILE - 1) / TILE, most = KB / TILE, blocks = (tiles + most - 1) / most;
+        for (long b = 0; b < blocks; b++) {
+            const long first = tiles * b / blocks * TILE, end = tiles * (b + 1) / blocks * TILE;
+            const long last = end < keys ? end : keys, vectors = (count + W - 1) / W;
+            for (long x = 0; x < vectors; x += PANEL)
+                by_vectors(vectors - x, [&](auto nv) { block<nv>(first, last, x * W); });
+        }
+    }
+
+    // Divide by the sums, as rows; and the logarithms of the sums.
+    void end(typename N::Number* to, long token, float* lse) {
+        for (long c = 0; c < QB; c++) {
+            const bool nothing = total[c] == 0;
+            if (lse && c < count) lse[c] = nothing ? INF : level[c] + log2f(total[c]);
+            total[c] = nothing ? 0 : 1 / total[c];
+        }
+        columns_to_rows(out, count, dim, total, to, token);
     }
 };
 
-// One block of queries against keys and values (keys, dim), which lie side by side here: rows far apart would fall
-// into a few sets of the cache.
-static void forward_block(const Shape& n, const float* q, long q_token, const float* k, const float* v, const Mask& mask, long b, long h, long first, float scale, float* out,
-                          long out_token, float* lse, float* scratch) {
-    const long count = n.queries - first < QB ? n.queries - first : QB;
-    const long vectors = (count + W - 1) / W;
-    float *qt = scratch, *ot = qt + n.dim * QB, *s = ot + n.dim * QB, *top = s + KB * QB, *total = top + QB;
-    columns(q + first * q_token, q_token, count, n.dim, scale * LOG2E, qt);
-    memset(ot, 0, n.dim * QB * sizeof(float));
-    for (long c = 0; c < QB; c++) top[c] = -INF, total[c] = 0;
-    for (long j = 0, keys; j < n.keys; j += keys) {
-        keys = share(n.keys, j);
-        gemm<false>(keys, vectors, n.dim, k + j * n.dim, n.dim, 1, qt, QB, s, QB);
-        if (mask.data) add_mask(s, mask.at(b, h, first, j), mask.query, mask.key, count, keys);
-        for (long c = 0; c < vectors * W; c += W) {
-            V before = load(top + c), now = before, more = V{};
-            for (long i = 0; i < keys; i++) now = vmax(now, load(s + i * QB + c));
-            V from = now == all(-INF) ? V{} : now;  // a query that may look at nothing yet: p = 0, not NaN
-            for (long i = 0; i < keys; i++) {
-                V p = exp2v<true>(load(s + i * QB + c) - from);
-                more += p;
-                store(s + i * QB + c, p);
+static inline long forward_scratch(const Shape& n) { return 2 * n.dim * QB + KB * QB + 2 * QB; }
+
+// The gradients of a head.
+template <class N> struct Backward {
+    using Number = typename N::Number;
+    static constexpr long KEYS = 64;       // in a block
+    static constexpr long ROW = 2 * QB / N::STEP;  // words that two rows of queries take
+    long queries, keys, dim;
+    float scale;  // of the scores
+    const float* mask;
+    long mask_query, mask_key;
+    const float* lse;
+    // In words: keys and values (keys, dim), keys across the rows; queries and gradients as columns (dim, QB), and
+    // gradients and queries in turns across the rows (QB, 2 dim).
+    float *k, *v, *k_across, *qt, *dot, *turns;
+    float *both, *ds;  // weights and gradients of scores in turns (KEYS, QB); the latter alone, across the keys
+    float *dqt, *dkv, *level, *rest;  // dkv: gradients of values and keys in turns (keys, 2 dim)
+
+    static size_t scratch(const Shape& n) {
+        const size_t dim = n.dim + 1, keys = n.keys + 1;
+        return 3 * keys * dim + 3 * dim * QB + QB * up(2 * n.dim) + KEYS * 3 * QB + keys * up(2 * n.dim) + 2 * QB;
+    }
+
+    void begin(const Shape& n, float* space) {
+        queries = n.queries, keys = n.keys, dim = n.dim;
+        const long line = (dim + 1) * QB, head = (keys + 1) * (dim + 1);
+        const auto next = [&space](long count) { return (space += count) - count; };
+        both = next(KEYS * 2 * QB), ds = next(KEYS * QB), level = next(QB), rest = next(QB);
+        qt = next(line), dot = next(line), dqt = next(line), turns = next(QB * up(2 * dim));
+        dkv = next((keys + 1) * up(2 * dim)), k = next(head), v = next(head), k_across = next(head);
+        memset(dkv, 0, keys * up(2 * dim) * sizeof(float));
+    }
+
+    // What a block of queries brings: q, out and the gradient of out from their first row on.
+    void read(const Number* q, long q_token, const Number* out, const Number* dout, long token, long first,
+              long count) {
+        columns<N>(q, q_token, count, dim, qt);
+        columns<N>(dout, token, count, dim, dot);
+        in_turns(dout, token, q, q_token, count);
+        for (long i = 0; i < QB; i++) {
+            V product = {};
+            for (long d = 0; i < count && d < dim; d += W)
+                product += load_n(out + i * token + d, dim - d) * load_n(dout + i * token + d, dim - d);
+            rest[i] = sum(product);
+            level[i] = i < count ? lse[first + i] : INF;  // infinity makes p = 0
+        }
+        memset(dqt, 0, dim * QB * sizeof(float));
+    }
+
+    void in_turns(const Number* a, long a_token, const Number* b, long b_token, long count) {
+        const long width = up(2 * dim);
+        memset(turns, 0, words<N>(count) * width * sizeof(float));
+        Number* to = reinterpret_cast<Number*>(turns);
+        for (long i = 0; i < count; i++)
+            for (long d = 0; d < dim; d++) {
+                Number* word = to + (i / N::STEP * width + 2 * d) * N::STEP + i % N::STEP;
+                word[0] = a[i * a_token + d];
+                word[N::STEP] = b[i * b_token + d];
             }
-            V shrink = exp2v<true>(before - from);
-            store(top + c, now);
-            store(total + c, load(total + c) * shrink + more);
-            if (j)
-                for (long d = 0; d < n.dim; d++) store(ot + d * QB + c, load(ot + d * QB + c) * shrink);
-        }
-        gemm<true>(n.dim, vectors, keys, v + j * n.dim, 1, n.dim, s, QB, ot, QB);
     }
-    for (long c = 0; c < QB; c++) {
-        const bool nothing = total[c] == 0;
-        if (lse && c < count) lse[first + c] = nothing ? INF : top[c] + log2f(total[c]);
-        total[c] = nothing ? 0 : 1 / total[c];
-    }
-    columns_to_rows(ot, count, n.dim, total, out + first * out_token, out_token);
-}
 
-static size_t backward_scratch(const Shape& n) {
-    const size_t wide = up(n.dim);
-    return 3 * n.dim * QB + 2 * QB * wide + 2 * KB * QB + 2 * QB + 2 * n.keys * wide + 2 * n.keys * n.dim;
-}
-
-static void backward_head(const Shape& n, const float* q, long q_token, const float* k, long k_token, const float* v,
-                          long v_token, const Mask& mask, long b, long h, float scale, const float* out,
-                          const float* dout, long out_token, const float* lse, float* dq, float* dk, float* dv,
-                          long d_token, long dkv_token, float* scratch) {
-    const long wide = up(n.dim), vectors = wide / W;
-    float *qt = scratch, *dot = qt + n.dim * QB, *dqt = dot + n.dim * QB, *s = dqt + n.dim * QB, *ds = s + KB * QB,
-          *rest = ds + KB * QB, *level = rest + QB, *qr = level + QB, *dor = qr + QB * wide, *dks = dor + QB * wide,
-          *dvs = dks + n.keys * wide, *kr = dvs + n.keys * wide, *vr = kr + n.keys * n.dim;
-    rows(k, k_token, n.keys, n.keys, n.dim, kr, n.dim);
-    rows(v, v_token, n.keys, n.keys, n.dim, vr, n.dim);
-    memset(dks, 0, 2 * n.keys * wide * sizeof(float));
-    for (long first = 0; first < n.queries; first += QB) {
-        const long count = n.queries - first < QB ? n.queries - first : QB, across = (count + W - 1) / W;
-        columns(q + first * q_token, q_token, count, n.dim, scale * LOG2E, qt);
-        columns(dout + first * out_token, out_token, count, n.dim, 1, dot);
-        rows(q + first * q_token, q_token, count, QB, n.dim, qr, wide);
-        rows(dout + first * out_token, out_token, count, QB, n.dim, dor, wide);
-        columns(out + first * out_token, out_token, count, n.dim, 1, dqt);
-        for (long c = 0; c < across * W; c += W) {
-            V product = V{};
-            for (long d = 0; d < n.dim; d++) product += load(dqt + d * QB + c) * load(dot + d * QB + c);
-            store(rest + c, product);
-            for (long i = c; i < c + W; i++) level[i] = i < count ? lse[first + i] : INF;  // infinity makes p = 0
+    // Weights and gradients of scores of one or two keys j, and NV vectors of queries from column c on.
+    template <int ROWS, int NV> void scores(long first, long j, long c, long query, long count) {
+        const long wide = words<N>(dim);
+        V s[ROWS][NV] = {}, dp[ROWS][NV] = {};
+        product<N>(s, wide, k + j * wide, wide, 1, qt + c, QB);
+        product<N>(dp, wide, v + j * wide, wide, 1, dot + c, QB);
+#pragma GCC unroll 4
+        for (int x = 0; x < NV; x++) {
+            const long from = c + x * W;
+#pragma GCC unroll 2
+            for (int i = 0; i < ROWS; i++) {
+                if (mask)
+                    s[i][x] = s[i][x] * all(scale) + mask_of(mask + (query + from) * mask_query + (j + i) * mask_key,
+                                                             mask_query, count - from);
+                s[i][x] = N::exp2(s[i][x] * all(mask ? 1 : scale) - load(level + from));
+                dp[i][x] = s[i][x] * (dp[i][x] - load(rest + from));
+                N::store_both(both + (j + i - first) * ROW + 2 * from / N::STEP, s[i][x], dp[i][x]);
+            }
+#pragma GCC unroll 2
+            for (int i = 0; i < ROWS; i += N::STEP)
+                store(ds + (j + i - first) / N::STEP * QB + from, N::join(dp[i][x], i + 1 < ROWS ? dp[i + 1][x] : V{}));
         }
-        memset(dqt, 0, n.dim * QB * sizeof(float));
-        for (long j = 0, keys; j < n.keys; j += keys) {
-            keys = share(n.keys, j);
-            gemm<false>(keys, across, n.dim, kr + j * n.dim, n.dim, 1, qt, QB, s, QB);
-            gemm<false>(keys, across, n.dim, vr + j * n.dim, n.dim, 1, dot, QB, ds, QB);
-            if (mask.data) add_mask(s, mask.at(b, h, first, j), mask.query, mask.key, count, keys);
-            for (long i = 0; i < keys; i++)
-                for (long c = 0; c < across * W; c += W) {
-                    float *ps = s + i * QB + c, *pd = ds + i * QB + c;
-                    V p = exp2v<true>(load(ps) - load(level + c));
-                    store(ps, p);
-                    store(pd, p * (load(pd) - load(rest + c)));
-                }
-            gemm<true>(n.dim, across, keys, kr + j * n.dim, 1, n.dim, ds, QB, dqt, QB);
-            gemm<true>(keys, vectors, count, s, QB, 1, dor, wide, dvs + j * wide, wide);
-            gemm<true>(keys, vectors, count, ds, QB, 1, qr, wide, dks + j * wide, wide);
-        }
-        for (long c = 0; c < QB; c++) rest[c] = scale;
-        columns_to_rows(dqt, count, n.dim, rest, dq + first * d_token, d_token);
     }
-    for (long j = 0; j < n.keys; j++)
-        for (long d = 0; d < n.dim; d++) {
-            dk[j * dkv_token + d] = dks[j * wide + d] * scale;
-            dv[j * dkv_token + d] = dvs[j * wide + d];
+
+    template <int NV> void block(long first, long last, long c, long query, long count) {
+        for (long j = first; j < last; j += 2) {
+            if (last - j > 1) scores<2, NV>(first, j, c, query, count);
+            else scores<1, NV>(first, j, c, query, count);
         }
-}
+        panel<N, false, NV>(dim, words<N>(last - first), k_across + first / N::STEP * dim, 1, dim, ds + c, QB, dqt + c,
+                            QB);
+    }
+
+    void run(long query, long count) {
+        const long vectors = (count + W - 1) / W, width = up(2 * dim);
+        for (long first = 0; first < keys; first += KEYS) {
+            const long last = first + KEYS < keys ? first + KEYS : keys;
+            for (long x = 0; x < vectors; x += PANEL) by_vectors(vectors - x, [&](auto nv) {
+                block<nv>(first, last, x * W, query, count);
+            });
+            gemm<N, true>(last - first, width / W, words<N>(count), both, ROW, 2, turns, width, dkv + first * width,
+                          width);
+        }
+    }
+
+    // Gradients of keys and values, as rows.
+    void end(Number* dk, Number* dv, long token, float factor) {
+        for (long j = 0; j < keys; j++)
+            for (long d = 0; d < dim; d++) {
+                dv[j * token + d] = number<Number>(dkv[j * up(2 * dim) + 2 * d]);
+                dk[j * token + d] = number<Number>(dkv[j * up(2 * dim) + 2 * d + 1] * factor);
+            }
+    }
+};

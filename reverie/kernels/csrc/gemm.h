@@ -1,15 +1,15 @@
-// C (M, N) (+)= A (M, K) B (K, N) on blocks that are in the cache: A with any strides, its numbers broadcast; B and C
-// with rows of whole vectors. A tile of C stays in registers while k runs.
+// C (M, N) += A (M, K) B (K, N) on blocks that are in the cache: A with any strides, its words broadcast (with TWO, two
+// of them, to the even and the odd columns); B and C with rows of whole vectors. K counts words. A tile of C stays in
+// registers while k runs.
 #pragma once
-#include "vector.h"
+#include <type_traits>
 
-template <int MR, int NV, bool ADD>
-static inline void tile(long K, const float* a, long am, long ak, const float* b, long ldb, float* c, long ldc) {
-    V acc[MR][NV];
-#pragma GCC unroll 16
-    for (int i = 0; i < MR; i++)
-#pragma GCC unroll 16
-        for (int n = 0; n < NV; n++) acc[i][n] = ADD ? load(c + i * ldc + n * W) : V{};
+#include "numbers.h"
+
+// The sum of products itself, into registers.
+template <class N, bool TWO = false, int MR, int NV>
+static inline __attribute__((always_inline)) void product(V (&acc)[MR][NV], long K, const float* a, long am, long ak,
+                                                          const float* b, long ldb) {
     long k = 0;
     do {  // K is never 0 here, and the compiler is to know it
         V row[NV];
@@ -17,11 +17,22 @@ static inline void tile(long K, const float* a, long am, long ak, const float* b
         for (int n = 0; n < NV; n++) row[n] = load(b + k * ldb + n * W);
 #pragma GCC unroll 16
         for (int i = 0; i < MR; i++) {
-            V x = all(a[i * am + k * ak]);
+            const float* word = a + i * am + k * ak;
+            const V x = TWO ? spread_two(word) : spread(word);
 #pragma GCC unroll 16
-            for (int n = 0; n < NV; n++) acc[i][n] += x * row[n];
+            for (int n = 0; n < NV; n++) acc[i][n] = N::multiply_add(acc[i][n], x, row[n]);
         }
     } while (++k < K);
+}
+
+template <class N, bool TWO, int MR, int NV>
+static inline void tile(long K, const float* a, long am, long ak, const float* b, long ldb, float* c, long ldc) {
+    V acc[MR][NV];
+#pragma GCC unroll 16
+    for (int i = 0; i < MR; i++)
+#pragma GCC unroll 16
+        for (int n = 0; n < NV; n++) acc[i][n] = load(c + i * ldc + n * W);
+    product<N, TWO>(acc, K, a, am, ak, b, ldb);
 #pragma GCC unroll 16
     for (int i = 0; i < MR; i++)
 #pragma GCC unroll 16
@@ -31,39 +42,36 @@ static inline void tile(long K, const float* a, long am, long ak, const float* b
 // Rows of a tile: as many as the registers hold.
 constexpr int rows_of(int NV) { return W == 16 ? (NV == 4 ? 6 : NV == 3 ? 8 : 12) : (NV == 2 ? 6 : 12); }
 
-template <int MR, int NV, bool ADD>
+template <class N, bool TWO, int MR, int NV>
 static inline void some_rows(int rows, long K, const float* a, long am, long ak, const float* b, long ldb, float* c,
                              long ldc) {
-    if (rows == MR) tile<MR, NV, ADD>(K, a, am, ak, b, ldb, c, ldc);
-    else if constexpr (MR > 1) some_rows<MR - 1, NV, ADD>(rows, K, a, am, ak, b, ldb, c, ldc);
+    if (rows == MR) tile<N, TWO, MR, NV>(K, a, am, ak, b, ldb, c, ldc);
+    else if constexpr (MR > 1) some_rows<N, TWO, MR - 1, NV>(rows, K, a, am, ak, b, ldb, c, ldc);
 }
 
-template <int NV, bool ADD>
-static inline void panel(long M, long K, const float* a, long am, long ak, const float* b, long ldb, float* c,
-                         long ldc) {
+template <class N, bool TWO, int NV>
+static void panel(long M, long K, const float* a, long am, long ak, const float* b, long ldb, float* c, long ldc) {
     const long tiles = (M + rows_of(NV) - 1) / rows_of(NV);
     for (long t = 0, m = 0; t < tiles; t++) {  // tiles of as equal height as can be
         const int rows = int((M - m + tiles - t - 1) / (tiles - t));
-        some_rows<rows_of(NV), NV, ADD>(rows, K, a + m * am, am, ak, b, ldb, c + m * ldc, ldc);
+        some_rows<N, TWO, rows_of(NV), NV>(rows, K, a + m * am, am, ak, b, ldb, c + m * ldc, ldc);
         m += rows;
     }
 }
 
-template <bool ADD>
+// Call f with the number of vectors to do at once, of those that are left, as a constant.
+template <class F> static inline void by_vectors(long left, const F& f) {
+    if constexpr (PANEL == 4) {
+        if (left >= 4) return f(std::integral_constant<int, 4>());
+        if (left == 3) return f(std::integral_constant<int, 3>());
+    }
+    if (left >= 2) return f(std::integral_constant<int, 2>());
+    f(std::integral_constant<int, 1>());
+}
+
+template <class N, bool TWO = false>
 static void gemm(long M, long vectors, long K, const float* a, long am, long ak, const float* b, long ldb, float* c,
                  long ldc) {
-    for (long v = 0; v < vectors;) {
-        const long left = vectors - v;
-        const float* bv = b + v * W;
-        float* cv = c + v * W;
-        if constexpr (PANEL == 4) {
-            if (left >= 4) panel<4, ADD>(M, K, a, am, ak, bv, ldb, cv, ldc), v += 4;
-            else if (left == 3) panel<3, ADD>(M, K, a, am, ak, bv, ldb, cv, ldc), v += 3;
-            else if (left == 2) panel<2, ADD>(M, K, a, am, ak, bv, ldb, cv, ldc), v += 2;
-            else panel<1, ADD>(M, K, a, am, ak, bv, ldb, cv, ldc), v += 1;
-        } else {
-            if (left >= 2) panel<2, ADD>(M, K, a, am, ak, bv, ldb, cv, ldc), v += 2;
-            else panel<1, ADD>(M, K, a, am, ak, bv, ldb, cv, ldc), v += 1;
-        }
-    }
+    for (long v = 0; v < vectors; v += PANEL)
+        by_vectors(vectors - v, [&](auto nv) { panel<N, TWO, nv>(M, K, a, am, ak, b + v * W, ldb, c + v * W, ldc); });
 }

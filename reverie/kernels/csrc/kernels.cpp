@@ -11,54 +11,93 @@ static inline int omp_get_thread_num() { return 0; }
 // The checksum of the sources: a library that was built of others is not used.
 API uint32_t reverie_sources() { return REVERIE_SOURCES; }
 
-API int reverie_attention(const int64_t* shape, const float* q, const float* k, const float* v, const int64_t* strides,
-                          const float* mask, const int64_t* mask_strides, float scale, float* out, float* lse,
-                          int threads) {
+template <class N, class T = typename N::Number>
+static int attention(const int64_t* shape, const T* q, const T* k, const T* v, const int64_t* strides,
+                     const float* mask, const int64_t* mask_strides, float scale, T* out, float* lse, int threads) {
     const Shape n{shape[0], shape[1], shape[2], shape[3], shape[4]};
-    const Tokens tq{q, strides[0], strides[1], strides[2]}, tk{k, strides[3], strides[4], strides[5]},
+    const Tokens<T> tq{q, strides[0], strides[1], strides[2]}, tk{k, strides[3], strides[4], strides[5]},
         tv{v, strides[6], strides[7], strides[8]};
     const Mask m{mask, mask_strides[0], mask_strides[1], mask_strides[2], mask_strides[3]};
     const long blocks = (n.queries + QB - 1) / QB, heads = n.samples * n.heads;
     long parts = (threads + heads - 1) / heads;  // of a head's queries, so that all threads have something to do
     if (parts > blocks) parts = blocks;
-    const size_t own = 2 * n.dim * QB + KB * QB + 2 * QB;
-    const Scratch scratch(threads, own + 2 * n.keys * n.dim);
+    const size_t line = (n.dim + 1) * QB, head = (n.keys + 1) * (n.dim + 1);
+    const Scratch scratch(threads, 2 * line + KB * QB + 2 * QB + 2 * head);
     if (!scratch.data) return 1;
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (long task = 0; task < heads * parts; task++) {
-        const long head = task / parts, part = task % parts, b = head / n.heads, h = head % n.heads;
-        float *space = scratch.of(omp_get_thread_num()), *kr = space + own, *vr = kr + n.keys * n.dim;
-        rows(tk.at(b, h), tk.token, n.keys, n.keys, n.dim, kr, n.dim);
-        rows(tv.at(b, h), tv.token, n.keys, n.keys, n.dim, vr, n.dim);
-        float* to = out + (b * n.queries * n.heads + h) * n.dim;
-        for (long block = blocks * part / parts; block < blocks * (part + 1) / parts; block++)
-            forward_block(n, tq.at(b, h), tq.token, kr, vr, m, b, h, block * QB, scale, to, n.heads * n.dim,
-                          lse ? lse + head * n.queries : nullptr, space);
+        const long index = task / parts, part = task % parts, b = index / n.heads, h = index % n.heads;
+        float *qt = scratch.of(omp_get_thread_num()), *o = qt + line, *p = o + line, *level = p + KB * QB,
+              *total = level + QB, *kr = total + QB, *vr = kr + head;
+        rows<N>(tk.at(b, h), tk.token, n.keys, n.dim, kr);
+        across_rows<N>(tv.at(b, h), tv.token, n.keys, n.dim, vr);
+        T* to = out + (b * n.queries * n.heads + h) * n.dim;
+        for (long block = blocks * part / parts; block < blocks * (part + 1) / parts; block++) {
+            const long first = block * QB, count = n.queries - first < QB ? n.queries - first : QB;
+            columns<N>(tq.at(b, h) + first * tq.token, tq.token, count, n.dim, qt);
+            Forward<N> f{n.keys, n.dim, qt, kr, vr, mask ? m.at(b, h, first, 0) : nullptr, m.query, m.key, count,
+                         scale * LOG2E, false, p, level, total, o};
+            f.run();
+            f.end(to + first * n.heads * n.dim, n.heads * n.dim, lse ? lse + index * n.queries + first : nullptr);
+        }
     }
     return 0;
 }
 
-API int reverie_attention_backward(const int64_t* shape, const float* q, const float* k, const float* v,
-                                   const int64_t* strides, const float* mask, const int64_t* mask_strides, float scale,
-                                   const float* out, const float* dout, const float* lse, float* dq, float* dk,
-                                   float* dv, int64_t dq_token, int64_t dkv_token, int threads) {
+template <class N, class T = typename N::Number>
+static int attention_backward(const int64_t* shape, const T* q, const T* k, const T* v, const int64_t* strides,
+                              const float* mask, const int64_t* mask_strides, float scale, const T* out, const T* dout,
+                              const float* lse, T* dq, T* dk, T* dv, int64_t dq_token, int64_t dkv_token, int threads) {
     const Shape n{shape[0], shape[1], shape[2], shape[3], shape[4]};
-    const Tokens tq{q, strides[0], strides[1], strides[2]}, tk{k, strides[3], strides[4], strides[5]},
+    const Tokens<T> tq{q, strides[0], strides[1], strides[2]}, tk{k, strides[3], strides[4], strides[5]},
         tv{v, strides[6], strides[7], strides[8]};
     const Mask m{mask, mask_strides[0], mask_strides[1], mask_strides[2], mask_strides[3]};
-    const Scratch scratch(threads, backward_scratch(n));
+    const Scratch scratch(threads, Backward<N>::scratch(n));
     if (!scratch.data) return 1;
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (long head = 0; head < n.samples * n.heads; head++) {
-        const long b = head / n.heads, h = head % n.heads, from = (b * n.queries * n.heads + h) * n.dim;
-        float *to_q = dq + b * n.queries * dq_token + h * n.dim, *to_k = dk + b * n.keys * dkv_token + h * n.dim,
-              *to_v = dv + b * n.keys * dkv_token + h * n.dim;
-        backward_head(n, tq.at(b, h), tq.token, tk.at(b, h), tk.token, tv.at(b, h), tv.token, m, b, h, scale,
-                      out + from, dout + from, n.heads * n.dim, lse + head * n.queries, to_q, to_k, to_v, dq_token,
-                      dkv_token, scratch.of(omp_get_thread_num()));
+        const long b = head / n.heads, h = head % n.heads, token = n.heads * n.dim;
+        const long from = b * n.queries * token + h * n.dim;
+        Backward<N> w{};
+        w.begin(n, scratch.of(omp_get_thread_num()));
+        w.scale = scale * LOG2E, w.lse = lse + head * n.queries;
+        w.mask = mask ? m.at(b, h, 0, 0) : nullptr, w.mask_query = m.query, w.mask_key = m.key;
+        rows<N>(tk.at(b, h), tk.token, n.keys, n.dim, w.k);
+        rows<N>(tv.at(b, h), tv.token, n.keys, n.dim, w.v);
+        across_rows<N>(tk.at(b, h), tk.token, n.keys, n.dim, w.k_across);
+        float factors[QB];
+        for (float& factor : factors) factor = scale;
+        for (long first = 0; first < n.queries; first += QB) {
+            const long count = n.queries - first < QB ? n.queries - first : QB;
+            w.read(tq.at(b, h) + first * tq.token, tq.token, out + from + first * token, dout + from + first * token,
+                   token, first, count);
+            w.run(first, count);
+            T* to = dq + (b * n.queries + first) * dq_token + h * n.dim;
+            columns_to_rows(w.dqt, count, n.dim, factors, to, dq_token);
+        }
+        w.end(dk + b * n.keys * dkv_token + h * n.dim, dv + b * n.keys * dkv_token + h * n.dim, dkv_token, scale);
     }
     return 0;
 }
+
+#define ATTENTION(N, T, SUFFIX)                                                                                       \
+    API int reverie_attention##SUFFIX(const int64_t* shape, const T* q, const T* k, const T* v,                       \
+                                      const int64_t* strides, const float* mask, const int64_t* mask_strides,         \
+                                      float scale, T* out, float* lse, int threads) {                                 \
+        return attention<N>(shape, q, k, v, strides, mask, mask_strides, scale, out, lse, threads);                   \
+    }                                                                                                                 \
+    API int reverie_attention_backward##SUFFIX(                                                                       \
+        const int64_t* shape, const T* q, const T* k, const T* v, const int64_t* strides, const float* mask,          \
+        const int64_t* mask_strides, float scale, const T* out, const T* dout, const float* lse, T* dq, T* dk, T* dv, \
+        int64_t dq_token, int64_t dkv_token, int threads) {                                                           \
+        return attention_backward<N>(shape, q, k, v, strides, mask, mask_strides, scale, out, dout, lse, dq, dk, dv,  \
+                                     dq_token, dkv_token, threads);                                                   \
+    }
+
+ATTENTION(Single, float, )
+#ifdef __AVX512BF16__
+ATTENTION(Half, uint16_t, _bfloat16)
+#endif
 
 // How many channels a thread takes at once: all, or where there are fewer samples than threads, whole groups and
 // whole vectors of them. A channel's arithmetic is the same in any case.

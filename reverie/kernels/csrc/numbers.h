@@ -1,0 +1,138 @@
+// What is multiplied: float32, or bfloat16 where the processor has its dot product. Both are read as words of four
+// bytes, one float or two bfloat16 that follow each other along the dimension that is summed over, so that the
+// products of matrices, and attention over them, are written once.
+#pragma once
+#include "vector.h"
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
+// The largest, with NaN in b kept: one instruction where the compiler would make two of a comparison.
+static inline V larger(V a, V b) {
+#ifdef __AVX512F__
+    return (V)_mm512_max_ps((__m512)a, (__m512)b);
+#else
+    return vmax(a, b);
+#endif
+}
+
+// Whether any number of a exceeds its fellow in b.
+static inline bool exceeds(V a, V b) {
+#ifdef __AVX512F__
+    return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GT_OQ) != 0;
+#else
+    const VI greater = a > b;
+    int32_t found = 0;
+    for (int i = 0; i < W; i++) found |= greater[i];
+    return found != 0;
+#endif
+}
+
+// 2^x by the polynomial P for the fraction, in [-1/2, 1/2]: c[0] r^n + ... + c[n]. x is below 128; NaN stays NaN;
+// 0 far below.
+template <int TERMS> static inline V power_of_two(V x, const float (&c)[TERMS]) {
+#ifdef __AVX512F__
+    const __m512 low = _mm512_max_ps(_mm512_set1_ps(-200.0f), (__m512)x);  // minus infinity has no fraction
+    const __m512 whole = _mm512_roundscale_ps(low, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const V r = (V)_mm512_sub_ps(low, whole);
+    V p = all(c[0]);
+#pragma GCC unroll 8
+    for (int i = 1; i < TERMS; i++) p = p * r + all(c[i]);
+    return (V)_mm512_scalef_ps((__m512)p, whole);
+#else
+    return exp2v<true>(x);
+#endif
+}
+
+// The words of two vectors in turns.
+#ifndef __clang__
+static inline void store_words(float* to, V first, V second) {
+    VI low, high;
+    for (int i = 0; i < W; i++) {
+        low[i] = i / 2 + i % 2 * W;
+        high[i] = low[i] + W / 2;
+    }
+    store(to, (V)__builtin_shuffle(first, second, low));
+    store(to + W, (V)__builtin_shuffle(first, second, high));
+}
+#else
+static inline void store_words(float* to, V first, V second) {
+    for (int i = 0; i < W; i++) to[2 * i] = first[i], to[2 * i + 1] = second[i];
+}
+#endif
+
+struct Single {
+    using Number = float;
+    static constexpr int STEP = 1;  // numbers in a word
+    static inline V multiply_add(V sum, V a, V b) { return sum + a * b; }
+    static inline V join(V first, V) { return first; }
+    static inline void store_both(float* to, V first, V second) { store_words(to, first, second); }
+    // Within 2e-7 of itself.
+    static inline V exp2(V x) {
+        constexpr float c[] = {0.001326472731307149f, 0.009671512991189957f, 0.05550733581185341f,
+                               0.24022242426872253f,  0.6931470036506653f,   1.0f};
+        return power_of_two(x, c);
+    }
+};
+
+#ifdef __AVX512BF16__
+struct Half {
+    using Number = uint16_t;
+    static constexpr int STEP = 2;
+    static inline V multiply_add(V sum, V a, V b) {
+        return (V)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+    }
+    // Within 8e-5 of itself, a twentieth of what is lost as it is rounded to bfloat16.
+    static inline V exp2(V x) {
+        constexpr float c[] = {0.05517144f, 0.24261081f, 0.69326099f, 0.99992809f};
+        return power_of_two(x, c);
+    }
+    // Two vectors rounded to bfloat16, each number of the one in a word with its fellow of the other.
+    static inline V join(V first, V second) {
+        static const uint16_t order[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                           8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+        const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+        return (V)_mm512_permutexvar_epi16(_mm512_loadu_si512(order), both);
+    }
+    // Two rows in words along them, in turns.
+    static inline void store_both(float* to, V first, V second) {
+        static const uint32_t order[16] = {0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15};
+        const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+        store(to, (V)_mm512_permutexvar_epi32(_mm512_loadu_si512(order), both));
+    }
+};
+#endif
+
+// Words that n numbers take.
+template <class N> static inline long words(long n) { return (n + N::STEP - 1) / N::STEP; }
+
+// A word in all lanes.
+static inline V spread(const float* word) {
+    uint32_t bits;
+    memcpy(&bits, word, sizeof bits);
+    return (V)(bits - VU{});
+}
+
+// Two words that follow each other, in turns in all lanes.
+static inline V spread_two(const float* word) {
+    typedef uint64_t VL __attribute__((vector_size(4 * W)));
+    uint64_t bits;
+    memcpy(&bits, word, sizeof bits);
+    return (V)(bits - VL{});
+}
+
+// The words of the first n numbers from x on, of a vector at most; what is beyond is zero.
+template <class N> static inline V load_words(const typename N::Number* x, long n) {
+    V v = {};
+    if (n >= W * N::STEP) memcpy(&v, x, sizeof v);
+    else memcpy(&v, x, n * sizeof(typename N::Number));
+    return v;
+}
+
+template <class T> static inline T number(float x);
+template <> inline float number<float>(float x) { return x; }
+template <> inline uint16_t number<uint16_t>(float x) {
+    uint16_t h;
+    store_part(&h, all(x), 1);
+    return h;
+}
