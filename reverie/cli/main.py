@@ -27,6 +27,7 @@ os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
 
 COMMANDS = {
     "train": "Train a model on images.",
+    "codec": "Train an autoencoder, for diffusion in its latents.",
     "sample": "Make images with a model.",
     "edit": "Draw a picture anew, the whole of it or a part.",
     "ema": "Average a run's weights over any length.",

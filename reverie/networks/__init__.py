@@ -15,6 +15,7 @@ asks for. What that tensor means (noise, data, velocity, a variance beside it) i
 | `edm2.py` | `EDM2` |
 | `dit.py` | `DiT`, a transformer over patches |
 | `mlp.py` | `MLP`, for points |
+| `discriminator.py`, `perceptual.py` | what an autoencoder is trained against |
 | `numbered.py` | either, told further numbers beside its time |
 
 Each network class names its config class as `Config`, so that `networks[name](networks[name].Config(...))`

@@ -7,22 +7,19 @@ where in the run it is, so that a run that was killed and resumed is the run tha
 
 import hashlib
 import sys
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from PIL.Image import Image
 from torch.optim import AdamW
-from tqdm import tqdm
 
 import reverie
-from reverie.base.errors import ModelFileError, NonFiniteError, Stopped, StorageError, UsageError
-from reverie.base.lock import RunLock
+from reverie.base.errors import ModelFileError, StorageError, UsageError
 from reverie.base.storage import write_file
 from reverie.data import open_dataset
 from reverie.data.batches import Batch, Batches, split
@@ -42,19 +39,17 @@ from reverie.training.config import SLOPED, TrainConfig
 from reverie.training.ema import PowerEMA, make_averages
 from reverie.training.few_step import make_target, read_teacher, start_from
 from reverie.training.latents import CACHE, Latents
-from reverie.training.metrics import Console, MetricsLog, Stream, imported, open_trackers
+from reverie.training.metrics import Console, Stream, imported
 from reverie.training.optimizers import flatten_optimizer, restore_optimizer
 from reverie.training.plan import choose_device, make_plan
-from reverie.training.previews import filled, png_bytes, preview, preview_path, to_tensor
-from reverie.training.profiling import Profile
+from reverie.training.previews import filled, preview
+from reverie.training.run import BaseRun, Progress, Resume, check_folder, torch_threads
 from reverie.training.setup import make_objective, make_times, merge
-from reverie.training.signals import StopRequest
 from reverie.training.snapshots import write_snapshot
 from reverie.training.start import read_start, start_with
 from reverie.training.update import Examples, StepReport, Update, draw_examples, on_device, seeded
 from reverie.training.validation import held_out_loss
 
-Resume = Literal["no", "yes", "auto"]
 MAX_HELD_OUT = 500
 MAX_FILLED = 16  # pictures that are filled in for a preview, each by itself
 
@@ -83,53 +78,7 @@ def train(config: TrainConfig, resume: Resume = "no", stream: Stream = sys.stder
         return Run(config, found, Console(stream)).go()
 
 
-def check_folder(folder: Path, found: bool, resume: Resume) -> None:
-    """Refuse a folder that does not hold what is asked for: a run to resume, or none."""
-    if resume == "yes" and not found:
-        raise UsageError(f"there is no run to resume in {folder} (no config.json); leave out --resume to start one")
-    if found and resume == "no":
-        with RunLock(folder):  # says so, if it is running
-            raise UsageError(f"{folder} holds a run already; continue it with --resume, or choose another --out")
-    if not found and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UsageError(f"{folder} is not empty and holds no run; choose another --out")
-
-
-class torch_threads:  # noqa: N801 - a context manager
-    """A block in which torch computes with so many threads, or with its own number for None."""
-
-    def __init__(self, count: int | None) -> None:
-        self.count, self.before = count, torch.get_num_threads()
-
-    def __enter__(self) -> None:
-        if self.count is not None:
-            torch.set_num_threads(self.count)
-
-    def __exit__(self, *error: object) -> None:
-        torch.set_num_threads(self.before)
-
-
-@dataclass
-class Progress:
-    """Where a run is, as its checkpoints record it.
-
-    Arguments:
-        step: Steps made, the skipped ones among them.
-        updates: Steps that changed the weights.
-        bad_in_a_row: Steps skipped since the last that was not.
-        seconds: Time spent, over all its sessions.
-        loss_sum: The losses since the last line of the log.
-        loss_count: How many they are.
-    """
-
-    step: int = 0
-    updates: int = 0
-    bad_in_a_row: int = 0
-    seconds: float = 0.0
-    loss_sum: float = 0.0
-    loss_count: int = 0
-
-
-class Run:
+class Run(BaseRun):
     """A run: everything that a step needs, and the loop.
 
     Making it opens the data and builds the network; only `go` writes.
@@ -140,9 +89,11 @@ class Run:
         console: Where its report and its progress bar go.
     """
 
+    config: TrainConfig
+
     def __init__(self, config: TrainConfig, resumed: bool, console: Console) -> None:
-        self.folder, self.console, self.resumed = Path(config.out), console, resumed
-        self.config, changes = merge(config, self.folder) if resumed else (config, [])
+        config, changes = merge(config, Path(config.out)) if resumed else (config, [])
+        super().__init__(config, resumed, console)
         for line in changes:
             self.say(line)
         self.teacher, start = read_teacher(self.config), read_start(self.config)
@@ -151,15 +102,8 @@ class Run:
         spec = self.encode()
         self.plan = make_plan(self.config, self.dataset, self.teacher, start, spec)
         self.conditions = Conditions(self.plan.card, self.dataset)
-        self.progress = Progress()
-        self.saved_at = -1
-        self.stop = StopRequest()
         self.make_model(start)
         self.make_training()
-
-    def say(self, line: str) -> None:
-        """Report a line, above the progress bar."""
-        tqdm.write(line, file=self.console)
 
     def open_data(self, like: tuple[int | None, ...] | None = None) -> Dataset:
         """Return the data, its unreadable files named; of a model's shape (C, H, W), where nothing else is said."""
@@ -258,27 +202,6 @@ class Run:
         last = self.config.channels_last and self.config.objective not in SLOPED
         return torch.channels_last if last else torch.contiguous_format
 
-    # From start to end ----------------------------------------------------------------------------
-
-    def go(self) -> Path:
-        """Take the folder, restore, train, and write the model."""
-        self.store.prepare()
-        with RunLock(self.folder), self.stop:
-            self.restore() if self.resumed else self.write_beginnings()
-            for line in self.plan.lines():
-                self.say(line)
-            with self.open_log() as self.log:
-                self.loop()
-                self.finish()
-        return self.folder
-
-    def open_log(self) -> MetricsLog:
-        """Return the run's log, with the trackers asked for."""
-        resume_at = self.progress.step + 1 if self.resumed else None
-        told = self.config.model_dump(mode="json")
-        trackers = open_trackers(self.config.track, self.folder, told, resume_at, warn=self.say)
-        return MetricsLog(self.folder / "metrics.jsonl", resume_at, trackers, warn=self.say)
-
     def write_beginnings(self) -> None:
         """Write what the run is, before its first step."""
         if isinstance(self.dataset, Latents):
@@ -287,45 +210,6 @@ class Run:
         write_file(self.folder / "card.json", self.plan.card.model_dump_json(indent=1).encode())
         # Last, as it is what makes the folder a run.
         write_file(self.folder / "config.json", self.config.model_dump_json(indent=1, exclude_unset=True).encode())
-
-    def loop(self) -> None:
-        """Step until the steps, the minutes or a signal end it."""
-        progress = self.progress
-        began = time.monotonic() - progress.seconds
-        stream = self.batches.stream(progress.step)
-        bar, profile = self.open_bar(), Profile(self.config.profile, self.say)
-        try:
-            while not self.finished() and not self.stop:
-                report = profile(lambda: self.step(next(stream)))
-                progress.seconds = time.monotonic() - began
-                self.note(report, bar)
-                self.milestones()
-                while self.stop.notes:
-                    self.say(self.stop.notes.pop(0))
-                progress.seconds = time.monotonic() - began
-        finally:
-            stream.close()
-            bar.close()
-        if self.stop.signum is not None:
-            self.save(last=True)
-            command = f"reverie train --out {self.folder} --resume"
-            raise Stopped(
-                f"stopped; saved step {progress.step} of {self.folder}, go on with: {command}", self.stop.signum
-            )
-
-    def open_bar(self) -> tqdm:
-        """Return the progress bar; where nobody watches, a line every half minute."""
-        often = 0.1 if self.console.isatty() else 30.0
-        return tqdm(
-            total=self.config.total_steps, initial=self.progress.step, unit="step", desc=self.folder.name,
-            file=self.console, mininterval=often, maxinterval=max(often, 10.0),
-        )  # fmt: skip
-
-    def finished(self) -> bool:
-        """Whether the steps or the minutes are over."""
-        total, minutes = self.config.total_steps, self.config.minutes
-        steps_over = total is not None and self.progress.step >= total
-        return steps_over or (minutes is not None and self.progress.seconds >= 60 * minutes)
 
     def finish(self) -> None:
         """Write the last checkpoint, loss and samples, and the model itself."""
@@ -356,6 +240,19 @@ class Run:
             config=self.config.model_dump(mode="json", exclude_unset=True),
         )
 
+    def lines(self) -> list[str]:
+        """Return the plan in words."""
+        return self.plan.lines()
+
+    def rate(self, step: int) -> float:
+        """Return the learning rate of a step."""
+        return self.config.rate(step, self.plan.learning_rate)
+
+    def also(self, step: int) -> None:
+        """Take a snapshot where one is due."""
+        if self.config.snapshot_due(step):
+            self.snapshot()
+
     # One step -------------------------------------------------------------------------------------
 
     def step(self, batch: Batch) -> StepReport:
@@ -385,68 +282,6 @@ class Run:
         examples = draw_examples(images, told, positions, self.update.times, self.progress.step, self.config)
         return on_device(examples, self.plan.device, self.layout)
 
-    def report_skipped(self, report: StepReport, batch: Batch) -> None:
-        """Say which step was skipped and why; end the run where too many in a row were."""
-        progress, config = self.progress, self.config
-        shown = ", ".join(str(i) for i in batch.indices.tolist()[:8])
-        numbers = f"loss {report.loss:.4g}, gradient {report.norm:.4g}, images {shown}"
-        where = f"step {progress.step}: {report.skipped} ({numbers})"
-        if progress.bad_in_a_row < config.max_bad_steps:
-            self.say(f"{where}; skipped")
-            return
-        with suppress(NonFiniteError):  # the weights, which no skipped step has touched
-            self.save()
-        raise NonFiniteError(
-            f"{where}; {progress.bad_in_a_row} steps in a row were skipped and the run ends; its last good state is "
-            f"step {max(self.saved_at, 0)} in {self.folder}; lower --learning-rate, or look at these images"
-        )
-
-    # What happens every so often ------------------------------------------------------------------
-
-    def note(self, report: StepReport, bar: tqdm) -> None:
-        """Show a step, and write a line of the log every so often."""
-        progress = self.progress
-        if not report.skipped:
-            progress.loss_sum += report.loss
-            progress.loss_count += 1
-        bar.set_postfix(self.shown(report, bar), refresh=False)
-        bar.update()
-        if progress.step % self.config.log_every == 0 and progress.loss_count:
-            values = {
-                "loss": progress.loss_sum / progress.loss_count,
-                "gradient_norm": report.norm,
-                "learning_rate": self.config.rate(progress.step - 1, self.plan.learning_rate),
-                "images": progress.step * self.config.batch_size,
-                "skipped": progress.step - progress.updates,
-                "seconds": round(progress.seconds, 3),
-            }
-            self.log.write(progress.step, values)
-            progress.loss_sum, progress.loss_count = 0.0, 0
-
-    def shown(self, report: StepReport, bar: tqdm) -> dict[str, str]:
-        """Return what stands behind the progress bar: the loss, the speed, and the minutes left where they decide."""
-        shown = {
-            "loss": f"{report.loss:.4f}",
-            "images/s": f"{self.config.batch_size * (bar.format_dict['rate'] or 0):.0f}",
-        }
-        if self.config.minutes is not None:
-            shown["minutes left"] = f"{max(0.0, self.config.minutes - self.progress.seconds / 60):.1f}"
-        return shown
-
-    def milestones(self) -> None:
-        """Save, validate and sample where it is time, unless the run is about to end and will do so anyway."""
-        step, config = self.progress.step, self.config
-        if self.finished() or self.stop:
-            return
-        if config.snapshot_due(step):
-            self.snapshot()
-        if config.validate_every and step % config.validate_every == 0:
-            self.validate()
-        if config.sample_every and step % config.sample_every == 0:
-            self.sample()
-        if step % config.save_every == 0:  # last: what a resumed run does not do again is done
-            self.save()
-
     def validate(self) -> None:
         """Write the held-out loss of the averaged weights, per noise level."""
         if not self.config.validate_every or not self.held_out or not self.update.objective.denoises:
@@ -465,28 +300,16 @@ class Run:
         self.log.write(self.progress.step, {"held_out_loss": float(levels.mean()), **named})
         self.say(f"step {self.progress.step}: held-out loss {float(levels.mean()):.4f}")
 
-    def sample(self) -> None:
-        """Write a grid of samples of the averaged weights."""
-        config, path = self.config, preview_path(self.folder, self.progress.step)
-        if not config.sample_every:
-            return
+    def pictured(self) -> Image:
+        """Return a grid of samples of the averaged weights; where they fill in, held-out pictures and what is made."""
+        config = self.config
+        count, seed = config.sample_count, config.seed
         few = not self.update.objective.denoises
-        taken = self.plan.card.sampling.steps if few else config.sample_steps
-        try:
-            with self.averaged():
-                picture = self.pictured(taken)
-            path.parent.mkdir(exist_ok=True)
-            write_file(path, png_bytes(picture))
-            self.log.trackers.picture(self.progress.step, "samples", to_tensor(picture))
-        except (NonFiniteError, OSError) as error:
-            self.say(f"no samples at step {self.progress.step}: {error}")
-
-    def pictured(self, steps: int) -> Image:
-        """Return a grid of samples; of a network that fills in, held-out pictures and what it makes of them."""
-        count, seed = self.config.sample_count, self.config.seed
-        if not self.config.fill:
-            return preview(self.model, count, steps, seed, self.prompts(count))
-        return filled(self.model, self.dataset.images(self.subjects(min(count, MAX_FILLED))), steps, seed)
+        steps = self.plan.card.sampling.steps if few else config.sample_steps
+        with self.averaged():
+            if not config.fill:
+                return preview(self.model, count, steps, seed, self.prompts(count))
+            return filled(self.model, self.dataset.images(self.subjects(min(count, MAX_FILLED))), steps, seed)
 
     def subjects(self, count: int) -> list[int]:
         """Return what a grid of samples shows or is told of, of data held out where there is any."""
@@ -519,23 +342,6 @@ class Run:
             except StorageError as error:
                 self.say(f"no snapshot at step {self.progress.step}: {error}")
 
-    # Checkpoints ----------------------------------------------------------------------------------
-
-    def save(self, last: bool = False) -> None:
-        """Save a checkpoint; one that fails is reported and tried again at the next, unless it is the last."""
-        progress = self.progress
-        try:
-            with self.stop.saving():
-                saved = self.store.save(progress.step, *self.state())
-        except StorageError as error:
-            if last:
-                raise
-            self.say(f"step {progress.step} was not saved: {error}; training goes on, the next try is at the next save")
-            return
-        self.saved_at = progress.step
-        for warning in saved.warnings:
-            self.say(warning)
-
     def state(self) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, Any]]:
         """Return the run's state: tensors by group, and a record of everything else."""
         objective = self.update.objective
@@ -556,24 +362,6 @@ class Run:
             "config_hash": hashlib.sha256(config.encode()).hexdigest(),
             "data_fingerprint": self.dataset.fingerprint,
         }
-
-    def restore(self) -> None:
-        """Go on from the newest checkpoint that verifies, or from the start if the run never saved one.
-
-        Raises:
-            ModelFileError: There are checkpoints and none can be used, or what they hold is another model or
-                another data set.
-        """
-        self.check_same_run()
-        checkpoint = self.store.latest()
-        if checkpoint is None:
-            self.say(f"{self.folder} was stopped before its first checkpoint; it begins again at step 0")
-            return
-        for line in (*checkpoint.warnings, *checkpoint.changes()):
-            self.say(line)
-        self.load(checkpoint)
-        self.saved_at = checkpoint.step
-        self.say(f"resuming {self.folder} at step {checkpoint.step}")
 
     def check_same_run(self) -> None:
         """Refuse a run whose model or data has changed since."""

@@ -101,11 +101,12 @@ def on_device(examples: Examples, device: torch.device, layout: torch.memory_for
 
 @dataclass(frozen=True)
 class StepReport:
-    """What a step did: its loss, its gradient's norm, and why it was skipped, if it was."""
+    """What a step did: its loss, its gradient's norm, why it was skipped, if it was; and what the loss is made of."""
 
     loss: float
     norm: float
     skipped: str = ""
+    parts: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -148,7 +149,7 @@ class Update:
         losses = self.backward(examples, step)
         norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm))
         loss = float((losses * examples.factor).mean())
-        skipped = self.doubt(loss, norm)
+        skipped = doubt(loss, norm, self.config.spike * self.mean_norm if self.counted >= SETTLED else math.inf)
         if not skipped:
             self.optimizer.step()
             for module in self.kept:
@@ -182,12 +183,17 @@ class Update:
             losses.append(loss.detach())
         return torch.cat(losses)
 
-    def doubt(self, loss: float, norm: float) -> str:
-        """Return why a step is not to be believed, or nothing."""
-        if not math.isfinite(loss):
-            return f"the loss is {loss}"
-        if not math.isfinite(norm):
-            return f"the gradient's norm is {norm}"
-        if self.counted >= SETTLED and norm > self.config.spike * self.mean_norm:
-            return f"the gradient's norm is {norm:.3g}, its running mean {self.mean_norm:.3g}"
-        return ""
+
+def doubt(loss: float, norm: float, most: float) -> str:
+    """Return why a step is not to be believed, or nothing.
+
+    Arguments:
+        loss: Its loss.
+        norm: The gradient's norm.
+        most: The largest norm that is believed: many times the running mean, infinite before that is settled.
+    """
+    if not math.isfinite(loss):
+        return f"the loss is {loss}"
+    if not math.isfinite(norm):
+        return f"the gradient's norm is {norm}"
+    return f"the gradient's norm is {norm:.3g}, beyond {most:.3g}, many times its running mean" if norm > most else ""

@@ -94,7 +94,7 @@ def test_a_command_that_is_not_there(refused, word, near):
     (line,) = refused(2, word)
     assert f"there is no command {word!r}" in line
     assert (f"did you mean {near}?" in line) == bool(near)
-    assert "known: train, sample, edit, ema, tune, data, convert, inspect, doctor" in line
+    assert "known: train, codec, sample, edit, ema, tune, data, convert, inspect, doctor" in line
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from reverie.data import open_dataset
 from reverie.data.batches import Batches
 from reverie.models.checkpoints import CheckpointStore
 from reverie.models.load import load
-from reverie.training import trainer
+from reverie.training import run
 from reverie.training.config import TrainConfig
 from reverie.training.trainer import Run, train
 
@@ -320,7 +320,7 @@ def test_a_closed_terminal_does_not_end_the_run(tmp_path):
 
 def test_the_clock_may_be_set_back(tmp_path, monkeypatch):
     times = iter(range(10**9, 0, -86_400))
-    monkeypatch.setattr(trainer.time, "time", lambda: float(next(times)))
+    monkeypatch.setattr(run.time, "time", lambda: float(next(times)))
     go(tmp_path / "run", steps=7)
     assert state(tmp_path / "run")[0] == 7
     seconds = [

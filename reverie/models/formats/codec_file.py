@@ -12,7 +12,8 @@ from reverie.base.errors import ModelFileError, UsageError
 from reverie.models.card import Card, CodecSpec
 from reverie.models.checkpoints import safetensors_writer
 from reverie.models.codec import Codec, build_codec
-from reverie.models.formats.base import Contents
+from reverie.models.formats.base import Contents, write_folder
+from reverie.models.formats.diffusers_folder import text
 from reverie.models.formats.files import read_json
 from reverie.models.formats.pipeline import VAE, codec_spec, renamed
 from reverie.models.formats.stable_diffusion import STEMS, folder_tensors
@@ -103,3 +104,20 @@ def read_codec(path: str) -> Codec:
     if found.codec is None:
         raise UsageError(f"{path} is a model of pictures, and has no codec")
     return found.codec
+
+
+def write_vae(codec: Codec, path: Path) -> None:
+    """Write an autoencoder as a vae's folder of diffusers'; what is there is replaced.
+
+    Arguments:
+        codec: Its network is an `Autoencoder`.
+        path: The folder.
+
+    Raises:
+        StorageError: It can't be written.
+    """
+    settings = codec.network.config.to_diffusers() | {"scaling_factor": codec.scale}  # type: ignore[union-attr, operator]
+    if codec.shift:
+        settings["shift_factor"] = codec.shift
+    weights = safetensors_writer(codec.network.state_dict(), {"format": "pt"})
+    write_folder(path, {"config.json": text(settings), f"{STEMS[VAE]}.safetensors": weights}, lambda _: {})
