@@ -142,7 +142,8 @@ def command_help(name: str) -> str:
 
     from reverie.cli.main import cli
 
-    group = click.Context(cli, info_name="reverie", max_content_width=100, terminal_width=100)
+    names = ["-h", "--help"]  # as the command line has them: click remembers the option that it made first
+    group = click.Context(cli, info_name="reverie", max_content_width=100, terminal_width=100, help_option_names=names)
     if not name:
         return cli.get_help(group)
     command = cli.get_command(group, name)
