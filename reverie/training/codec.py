@@ -180,22 +180,16 @@ class CodecRun(BaseRun):
         """Write what was told; it is what makes the folder a run."""
         write_file(self.folder / "config.json", self.config.model_dump_json(indent=1, exclude_unset=True).encode())
 
-    def step(self, batch: Batch) -> StepReport:
-        """Make one step, and let the average follow unless it was skipped."""
-        progress, config = self.progress, self.config
+    def trained(self, batch: Batch) -> StepReport:
+        """Train on a batch, with noise for its latents."""
         images = to_unit(batch.images).to(self.device, memory_format=self.layout)
-        shape = Codec(self.network).latent_shape(*images.shape[2:])
-        noise = normals(shape, [(config.seed, "latents", int(p)) for p in batch.positions.tolist()]).to(self.device)
-        report = self.update(images, noise, progress.step)
-        progress.step += 1
-        if report.skipped:
-            progress.bad_in_a_row += 1
-            self.report_skipped(report, batch)
-            return report
-        progress.bad_in_a_row = 0
-        self.ema.update(progress.updates)
-        progress.updates += 1
-        return report
+        shape, seed = Codec(self.network).latent_shape(*images.shape[2:]), self.config.seed
+        noise = normals(shape, [(seed, "latents", int(p)) for p in batch.positions.tolist()]).to(self.device)
+        return self.update(images, noise, self.progress.step)
+
+    def follow(self, updates: int) -> None:
+        """Let the average follow."""
+        self.ema.update(updates)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:

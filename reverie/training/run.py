@@ -120,8 +120,12 @@ class BaseRun(ABC):
         """Write what the run is, before its first step."""
 
     @abstractmethod
-    def step(self, batch: Batch) -> StepReport:
-        """Make one step."""
+    def trained(self, batch: Batch) -> StepReport:
+        """Train on a batch, unless that is skipped."""
+
+    @abstractmethod
+    def follow(self, updates: int) -> None:
+        """Let the averages follow a step that so many updates came before."""
 
     @abstractmethod
     def validate(self) -> None:
@@ -210,7 +214,21 @@ class BaseRun(ABC):
         steps_over = total is not None and self.progress.step >= total
         return steps_over or (minutes is not None and self.progress.seconds >= 60 * minutes)
 
-    # What happens every so often ------------------------------------------------------------------
+    # One step -------------------------------------------------------------------------------------
+
+    def step(self, batch: Batch) -> StepReport:
+        """Make one step, and let the averages follow unless it was skipped."""
+        progress = self.progress
+        report = self.trained(batch)
+        progress.step += 1
+        if report.skipped:
+            progress.bad_in_a_row += 1
+            self.report_skipped(report, batch)
+            return report
+        progress.bad_in_a_row = 0
+        self.follow(progress.updates)
+        progress.updates += 1
+        return report
 
     def report_skipped(self, report: StepReport, batch: Batch) -> None:
         """Say which step was skipped and why; end the run where too many in a row were."""
@@ -227,6 +245,8 @@ class BaseRun(ABC):
             f"{where}; {progress.bad_in_a_row} steps in a row were skipped and the run ends; its last good state is "
             f"step {max(self.saved_at, 0)} in {self.folder}; lower --learning-rate, or look at these images"
         )
+
+    # What happens every so often ------------------------------------------------------------------
 
     def note(self, report: StepReport, bar: tqdm) -> None:
         """Show a step, and write a line of the log every so often."""

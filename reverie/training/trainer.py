@@ -255,22 +255,16 @@ class Run(BaseRun):
 
     # One step -------------------------------------------------------------------------------------
 
-    def step(self, batch: Batch) -> StepReport:
-        """Make one step, and let the averages follow unless it was skipped."""
-        progress = self.progress
-        report = self.update(self.examples(batch), progress.step)
-        progress.step += 1
-        if report.skipped:
-            progress.bad_in_a_row += 1
-            self.report_skipped(report, batch)
-            return report
-        progress.bad_in_a_row = 0
+    def trained(self, batch: Batch) -> StepReport:
+        """Train on a batch, with times and noise."""
+        return self.update(self.examples(batch), self.progress.step)
+
+    def follow(self, updates: int) -> None:
+        """Let the averages follow, and what makes an objective's targets."""
         for ema in self.emas:
-            ema.update(progress.updates)
+            ema.update(updates)
         if self.target:
-            self.target.average.update(progress.updates)
-        progress.updates += 1
-        return report
+            self.target.average.update(updates)
 
     def examples(self, batch: Batch) -> Examples:
         """Return a batch with its times and noise, on the device."""
