@@ -21,6 +21,8 @@ from reverie.models.load import load
 from reverie.models.model import Model, Samples
 from reverie.models.provenance import again
 
+LOADED = ("device", "ema", "speed", "weights")  # what of a request is for `load`
+
 __all__ = ["again", "load", "sample", "save", "train", "tune"]
 
 
@@ -30,8 +32,8 @@ def sample(model: Model | Path | str, n: int = 1, **options: Any) -> Samples:
     Arguments:
         model: A model, or the path of one.
         n: How many.
-        options: As `Model.sample` takes them: seed, classes, sampler, steps, grid, guidance, ...; device and
-            ema, where a path is given, as `load` does.
+        options: As `Model.sample` takes them: seed, classes, sampler, steps, grid, guidance, ...; device, ema,
+            speed and weights, where a path is given, as `load` does.
 
     Raises:
         UsageError: Something is out of range, unknown, or would have no effect.
@@ -40,7 +42,7 @@ def sample(model: Model | Path | str, n: int = 1, **options: Any) -> Samples:
         OutOfMemoryError: There is not enough memory.
     """
     if not isinstance(model, Model):
-        model = load(model, **{name: options.pop(name) for name in ("device", "ema") if name in options})
+        model = load(model, **{name: options.pop(name) for name in LOADED if name in options})
     return model.sample(n, **options)
 
 

@@ -46,6 +46,9 @@ RECORDED = (
     "size",
     "dtype",
     "exact",
+    "speed",
+    "weights",
+    "cache_every",
     "batch_size",
 )
 
@@ -56,8 +59,11 @@ def opened(settings: "SampleSettings | EditSettings", path: str, **how: Any) -> 
     """Return the model, with the LoRAs and new words that were asked for."""
     model = load(
         path, device=settings.device, ema=settings.ema, vocabulary=settings.vocabulary, loras=weighed(settings.lora),
-        embeddings=settings.embedding, clip_skip=settings.clip_skip, **how,
+        embeddings=settings.embedding, clip_skip=settings.clip_skip, speed=settings.speed,
+        weights=settings.weights, **how,
     )  # fmt: skip
+    if model.speed.name == "fast":
+        note(model.speed.words())
     for line in model.adapted.notes if model.adapted else ():
         note(line)
     return model
@@ -109,7 +115,7 @@ class Job:
     def __init__(self, model: Model, settings: "SampleSettings") -> None:
         self.model, self.settings = model, settings
         self.classes = wanted_classes(model.card.classes, settings)
-        self.bad = None if settings.bad is None else load(settings.bad, device=settings.device)
+        self.bad = None if settings.bad is None else model.worse_model(settings.bad)
         first = secrets.randbelow(2**32) if settings.seed in (None, -1) else settings.seed
         assert first is not None
         self.each = settings.n or 16
@@ -142,7 +148,7 @@ class Job:
             threshold=ask.threshold,
             size=sides(ask.size),
             batch_size=ask.batch_size,
-            exact=not ask.fast,
+            cache_every=ask.cache_every,
             intermediates=intermediates,
             **options,
         )
@@ -298,7 +304,8 @@ def edit(settings: "EditSettings", path: str, image: str) -> dict[str, Any]:
     model = opened(settings, path)
     first = secrets.randbelow(2**32) if settings.seed in (None, -1) else settings.seed
     how = {
-        name: getattr(settings, name) for name in ("prompt", "negative_prompt", "sampler", "steps", "grid", "guidance")
+        name: getattr(settings, name)
+        for name in ("prompt", "negative_prompt", "sampler", "steps", "grid", "guidance", "cache_every")
     }
     how |= {"classes": settings.class_, "mask": settings.mask, "strength": settings.strength, "seed": first}
     with progress_bar(settings.n) as tick:

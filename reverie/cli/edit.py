@@ -1,7 +1,7 @@
 """`reverie edit`: a picture drawn anew, the whole of it or a part."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import click
 from pydantic import AfterValidator, BaseModel, ConfigDict
@@ -37,6 +37,15 @@ class EditSettings(BaseModel):
     set_: tuple[str, ...] = setting("how", (), "any other option of the sampler or the grid, as order=2")
     guidance: float | None = setting("how", None, "weight of the class or prompt", allow_inf_nan=False)
     out: str = setting("where to", "outputs", "folder for the pictures; nothing in it is overwritten")
+    speed: Literal["exact", "fast"] = setting(
+        "machine", "exact", "fast: bfloat16 where the CPU has it, weights laid out for it; last bits may differ"
+    )
+    weights: Literal["int8"] | None = setting(
+        "machine", None, "hold the network's weights in 8 bits, with --speed fast"
+    )
+    cache_every: int | None = setting(
+        "machine", None, "ask a U-Net's lower levels at every N-th call alone, with --speed fast", ge=2, le=1000
+    )
     device: str = setting("machine", "auto", "auto, cpu, cuda or cuda:N")
     threads: int | None = setting("machine", None, "threads that compute; torch's own number", ge=1, le=1024)
     ema: str | None = setting("machine", None, "which averaged weights of a run")

@@ -78,7 +78,15 @@ class SampleSettings(BaseModel):
     animate: bool = setting("where to", False, "write the denoising as an animation too")
 
     batch_size: int | None = setting("machine", None, "images at a time: memory against speed", ge=1, le=1_000_000)
-    fast: bool = setting("machine", False, "let a picture's last bits depend on its batch")
+    speed: Literal["exact", "fast"] = setting(
+        "machine", "exact", "fast: bfloat16 where the CPU has it, weights laid out for it; last bits may differ"
+    )
+    weights: Literal["int8"] | None = setting(
+        "machine", None, "hold the network's weights in 8 bits, with --speed fast"
+    )
+    cache_every: int | None = setting(
+        "machine", None, "ask a U-Net's lower levels at every N-th call alone, with --speed fast", ge=2, le=1000
+    )
     device: str = setting("machine", "auto", "auto, cpu, cuda or cuda:N")
     dtype: Literal["float32", "bfloat16"] | None = setting("machine", None, "the network's arithmetic")
     threads: int | None = setting("machine", None, "threads that compute; torch's own number", ge=1, le=1024)

@@ -12,6 +12,7 @@ from reverie.models.clip_conditioner import ClipConditioner
 from reverie.models.formats.pipeline import TEXTS, UNET
 from reverie.models.lora import Loras
 from reverie.models.model import Model
+from reverie.models.speed import refuse_packed
 from reverie.models.textual_inversion import add_vectors, read_embedding
 
 
@@ -52,6 +53,7 @@ def adapt(model: Model, loras: Mapping[str, float] | Sequence[str] = (), embeddi
         UsageError: There is no such file, or the model takes no prompts that could have new words.
         ModelFileError: A file is damaged, or for another model.
     """
+    refuse_packed(model, "given LoRAs or words")
     made = Adapted(Loras(parts_of(model)))
     weights = dict(loras) if isinstance(loras, Mapping) else dict.fromkeys(loras, 1.0)
     for path, weight in weights.items():

@@ -14,6 +14,7 @@ from reverie.models.builders import build
 from reverie.models.card import Card, NetworkSpec
 from reverie.models.model import Model
 from reverie.models.plan import find_class
+from reverie.models.speed import refuse_packed
 
 BIAS, EMBEDDING = "time_embedding.linear_2.bias", "class_embedding.weight"
 
@@ -28,6 +29,7 @@ def fold_class(model: Model, name: int | str | None = None) -> Model:
     Raises:
         UsageError: The model has no classes, or not that one, or another network.
     """
+    refuse_packed(model, "folded")
     card = model.card
     if not card.classes or card.network.name != "unet":
         raise UsageError(

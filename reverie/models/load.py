@@ -14,6 +14,7 @@ from reverie.models.formats import read_model
 from reverie.models.memory import memory_errors
 from reverie.models.model import Model
 from reverie.models.plan import settle_dtype
+from reverie.models.speed import hasten, settle_speed
 
 
 def load(
@@ -26,6 +27,8 @@ def load(
     loras: Mapping[str, float] | Sequence[str] = (),
     embeddings: Sequence[str] = (),
     clip_skip: int = 0,
+    speed: str = "exact",
+    weights: str | None = None,
 ) -> Model:
     """Return the model at a path: a run, one of its checkpoints, a diffusers folder, one of ours, or one file.
 
@@ -42,6 +45,9 @@ def load(
         loras: LoRA files with their weights, or a list of them; merged into the weights.
         embeddings: Files of textual inversion, whose words prompts may have.
         clip_skip: Last layers of CLIP's text encoder that are left out.
+        speed: "fast" for bfloat16 where the machine has it, weights laid out for the processor and batches of any
+            size; a sample's last bits are then not its own.
+        weights: "int8" for a network whose weights are held in eight bits; with speed fast, on a CPU.
 
     Raises:
         UsageError: There is nothing at that path, no such device, dtype or weights.
@@ -53,6 +59,7 @@ def load(
     """
     target = find_device(device)
     network_dtype = None if dtype is None else settle_dtype(dtype)
+    settle_speed(speed, weights)
     with named_vocabulary(vocabulary):
         model = read_model(path, ema)
     if loras or embeddings:
@@ -66,7 +73,10 @@ def load(
     if dtype is not None:
         model.denoiser.dtype = network_dtype
     with memory_errors(f"{path} on {target}", "the model's size, or use another device"):
-        return model.to(target)
+        model.to(target)
+        if speed == "fast":
+            hasten(model, network_dtype, weights, dtype is not None)
+        return model
 
 
 @contextmanager

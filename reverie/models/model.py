@@ -22,6 +22,7 @@ from reverie.models.editing import Original, Picture, give, padded_size, read_or
 from reverie.models.guiding import Worse
 from reverie.models.plan import SamplingPlan, make_plan
 from reverie.models.sampling import Intermediate, Progress, execute
+from reverie.models.speed import EXACT, Speed, refuse_packed
 
 RECORD_FORMAT = 1
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
@@ -66,7 +67,9 @@ class Model:
         self.denoiser, self.card, self.source = denoiser, card, source
         self.adapted: Any = None  # the LoRAs and new words that `load` put on it
         self.origin, self.warnings = dict(origin or {}), tuple(warnings)
+        self.speed: Speed = EXACT  # `hasten` makes it another
         self._digest: tuple[tuple[object, ...], str] | None = None
+        self._identity: tuple[str, int] | None = None  # of weights that are laid out otherwise now
 
     def __repr__(self) -> str:
         shape = "x".join(str(size) for size in self.card.shape)
@@ -80,19 +83,33 @@ class Model:
     @property
     def parameters(self) -> int:
         """How many numbers were trained."""
+        if self._identity is not None:
+            return self._identity[1]
         return sum(parameter.numel() for parameter in self.denoiser.network.parameters())
 
     @property
     def digest(self) -> str:
         """The sha256 of the weights: their names, types, shapes and numbers, whatever file they came from."""
+        if self._identity is not None:
+            return self._identity[0]
         state = self.denoiser.network.state_dict()
         version = tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in state.values())
         if self._digest is None or self._digest[0] != version:
             self._digest = version, weights_digest(state)
         return self._digest[1]
 
+    def keep_identity(self) -> None:
+        """Remember the weights' sha256 and number: they are about to be laid out otherwise."""
+        self._identity = self.digest, self.parameters
+
     def to(self, device: str | torch.device) -> "Model":
-        """Move the network to a device, and return the model itself."""
+        """Move the network to a device, and return the model itself.
+
+        Raises:
+            UsageError: Its weights are laid out for the CPU.
+        """
+        if torch.device(device).type != "cpu":
+            refuse_packed(self, "moved")
         self.denoiser.to(device)
         for part in (self.conditioner, self.codec):
             if part is not None:
@@ -108,17 +125,26 @@ class Model:
         factor = self.codec.factor if self.codec else 1
         if request.get("bad") is not None:
             request["bad"] = self.worse(request["bad"])
-        return make_plan(self.denoiser, self.card, n, factor=factor, **request)
+        return make_plan(self.denoiser, self.card, n, factor=factor, speed=self.speed, **request)
 
     def worse(self, bad: "Model | Path | str") -> Worse:
         """Return a model, or the one at a path, as the worse one that guides this one."""
         if not isinstance(bad, Model):
-            from reverie.models.load import load
-
-            bad = load(bad, device=self.device)
+            bad = self.worse_model(bad)
         if bad.device != self.device:
             raise UsageError(f"bad is on {bad.device}, this model on {self.device}; move one of them")
+        if bad.speed.name != self.speed.name:
+            raise UsageError(
+                f"bad was loaded with speed {bad.speed.name}, this model with {self.speed.name}; load both alike"
+            )
         return Worse(bad.denoiser, bad.card, bad.conditioner, bad.identity())
+
+    def worse_model(self, path: Path | str) -> "Model":
+        """Return the model at a path, where this one is and computing as it does."""
+        from reverie.models.load import load
+
+        dtype = self.speed.dtype or torch.float32 if self.speed.name == "fast" else None
+        return load(path, device=self.device, dtype=dtype, speed=self.speed.name)
 
     def identity(self) -> dict[str, str | None]:
         """Return which model it is, as JSON holds it: the path as it was given, the sha256, what of the path it is."""
@@ -145,8 +171,9 @@ class Model:
         threshold: float | None = None,
         size: int | Sequence[int] | None = None,
         batch_size: int | None = None,
-        exact: bool = True,
+        exact: bool | None = None,
         dtype: str | torch.dtype | None = None,
+        cache_every: int | None = None,
         intermediates: int | Sequence[int] = 0,
         callback: Callable[[Progress], None] | None = None,
         **options: Any,
@@ -173,8 +200,10 @@ class Model:
             size: Height and width of the pictures, or one number for both; the model's own, where None.
             batch_size: How many go through the steps together: memory against speed, nothing else.
             exact: A sample's bits depend on the model, its seed and these settings alone, not on n, on
-                batch_size or on its neighbours (on a CPU, at one number of threads).
+                batch_size or on its neighbours (on a CPU, at one number of threads). True, where None, unless
+                the model was loaded with speed fast.
             dtype: What the network computes in: float32 or bfloat16.
+            cache_every: Ask the lower levels of a U-Net at every N-th call alone; with speed fast.
             intermediates: Keep so many states on the way, evenly spaced, or those after the steps listed.
             callback: Called after every step; what it raises ends the sampling.
             options: The sampler's own options, such as eta for ddim and variance for ddpm, and the grid's.
@@ -188,7 +217,8 @@ class Model:
             n, seed=seed, classes=classes, prompt=prompt, negative_prompt=negative_prompt, sampler=sampler, steps=steps,
             grid=grid, guidance=guidance, guidance_interval=guidance_interval, guidance_rescale=guidance_rescale,
             perturbed=perturbed, auto_guidance=auto_guidance, bad=bad, clip=clip, threshold=threshold, size=size,
-            batch_size=batch_size, exact=exact, dtype=dtype, intermediates=intermediates, **options,
+            batch_size=batch_size, exact=exact, dtype=dtype, cache_every=cache_every, intermediates=intermediates,
+            **options,
         )  # fmt: skip
         return self.execute(plan, callback)
 

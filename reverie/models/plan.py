@@ -23,6 +23,8 @@ from reverie.diffusion.schedules import Schedule, Table
 from reverie.models.automatic import AUTO, choose
 from reverie.models.card import Card
 from reverie.models.guiding import UNGUIDED, Guiding, Worse, count_within, finite, settle_guiding
+from reverie.models.reuse import settle_reuse
+from reverie.models.speed import EXACT, Speed
 
 # Rows of a network call in exact mode: as many as make BUCKET_PIXELS pixels, a power of two, MAX_ROWS at
 # most. Changing either changes the last bits of every picture.
@@ -54,6 +56,7 @@ SETTINGS = (
     "batch_size",
     "exact",
     "dtype",
+    "cache_every",
 )
 
 
@@ -101,6 +104,8 @@ class SamplingPlan:
         strength: The time that an edit starts from; None for samples from noise.
         guiding: The guidance beside w.
         guided_calls: At how many of the calls there is guidance; all of them, where no interval is asked for.
+        speed: How the model computes.
+        cache_every: At every how many-th call all of the network is asked.
     """
 
     shape: tuple[int, ...]
@@ -127,6 +132,8 @@ class SamplingPlan:
     strength: float | None = None
     guiding: Guiding = UNGUIDED
     guided_calls: int | None = None
+    speed: Speed = EXACT
+    cache_every: int = 1
 
     @property
     def n(self) -> int:
@@ -172,6 +179,7 @@ class SamplingPlan:
         words += f" from t = {self.strength:g}" if self.strength is not None else ""
         words += f", guidance {self.guidance}" if self.guidance is not None else ""
         words += self.guiding.words()
+        words += f", the lower levels at every {self.cache_every}. call" if self.cache_every > 1 else ""
         least = "at least " if self.sampler.adaptive else ""
         return f"{words}: {least}{self.evaluations} evaluation{'s' * (self.evaluations != 1)} each"
 
@@ -201,6 +209,9 @@ class SamplingPlan:
             "strength": self.strength,
             "dtype": next(name for name, dtype in DTYPES.items() if dtype == self.dtype),
             "exact": self.exact,
+            "speed": self.speed.name,
+            "weights": self.speed.weights,
+            "cache_every": self.cache_every if self.cache_every > 1 else None,
             # Free batches have bits of their own; in exact mode a batch's size decides nothing.
             "batch_size": None if self.exact else self.batch_size,
         }
@@ -228,16 +239,18 @@ def make_plan(
     threshold: float | None = None,
     size: int | Sequence[int] | None = None,
     batch_size: int | None = None,
-    exact: bool = True,
+    exact: bool | None = None,
     dtype: str | torch.dtype | None = None,
+    cache_every: int | None = None,
     intermediates: int | Sequence[int] = 0,
     strength: float | None = None,
     factor: int = 1,
+    speed: Speed = EXACT,
     **options: Any,
 ) -> SamplingPlan:
     """Settle a request to a model; what is None comes from its card. `Model.sample` says what each means.
 
-    `factor` is how many pixels a side of what is denoised stands for.
+    `factor` is how many pixels a side of what is denoised stands for, `speed` how the model computes.
 
     Raises:
         UsageError: Something is out of range, unknown, or would have no effect.
@@ -283,8 +296,10 @@ def make_plan(
         guidance=w,
         clip=limit,
         threshold=quantile,
-        dtype=denoiser.dtype if dtype is None else settle_dtype(dtype),
-        exact=bool(exact),
+        dtype=settle_arithmetic(denoiser, dtype, speed),
+        exact=settle_exact(exact, speed),
+        speed=speed,
+        cache_every=settle_reuse(cache_every, denoiser.network, rule, speed, guiding.perturbed is not None),
         batch_size=settle_batch_size(shape, len(seeds), batch_size),
         calls=rule.count(denoiser.schedule, times),
         kept=settle_kept(intermediates, len(times) - 1),
@@ -433,6 +448,25 @@ def settle_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
     if name not in DTYPES:
         raise UsageError(f"dtype is {name!r}; it must be one of {', '.join(DTYPES)}")
     return DTYPES[name]
+
+
+def settle_arithmetic(denoiser: NetworkDenoiser, dtype: str | torch.dtype | None, speed: Speed) -> torch.dtype | None:
+    """Return what the network computes in: as asked, or as the model does; a fast one as it was made."""
+    if dtype is None:
+        return denoiser.dtype
+    found = settle_dtype(dtype)
+    if speed.packed and found != speed.dtype:
+        raise UsageError(
+            f"dtype is {dtype}, but the model was loaded with speed fast for another; load it with that dtype"
+        )
+    return found
+
+
+def settle_exact(exact: bool | None, speed: Speed) -> bool:
+    """Return whether a sample's bits are to be its own: unless the model is fast, or it was said otherwise."""
+    if exact and speed.name == "fast":
+        raise UsageError("exact is asked for of a model that was loaded with speed fast; load it with speed exact")
+    return speed.name == "exact" if exact is None else bool(exact)
 
 
 def settle_strength(strength: float) -> float:

@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from PIL import Image, UnidentifiedImageError
@@ -31,8 +31,9 @@ from reverie.models.card import FittedSolver, Name, Number, Part, sentence
 from reverie.models.formats.run_folder import CHECKPOINTS
 from reverie.models.load import load
 from reverie.models.model import RECORD_FORMAT, Model, Samples
-from reverie.models.plan import MAX_PROMPT, MAX_SIDE
+from reverie.models.plan import DTYPES, MAX_PROMPT, MAX_SIDE
 from reverie.models.sampling import Progress
+from reverie.models.speed import hasten
 
 OWN, COMMON = "reverie", "parameters"
 # Another program's chunk, and the program.
@@ -119,6 +120,9 @@ class Record(Part):
     loras: tuple[LoraRecord, ...] = ()
     dtype: Name
     exact: bool
+    speed: Literal["exact", "fast"] = "exact"
+    weights: Literal["int8"] | None = None
+    cache_every: Annotated[int, Field(ge=2, le=1000)] | None = None
     batch_size: int | None
     device: Name
     threads: Annotated[int, Field(ge=1)]
@@ -305,7 +309,10 @@ def again(
         warnings.warn(f"{path}: {line}, so the last bits may differ", RuntimeWarning, stacklevel=2)
     device = device or recorded_device(record)
     found = the_one(record.model, path, model, device, "made", record.loras)
+    as_fast(found, record, path, not isinstance(model, Model), record.weights)
     worse = None if record.bad is None else the_one(record.bad, path, bad, str(found.device), "guided")
+    if worse is not None:
+        as_fast(worse, record, path, not isinstance(bad, Model), None)
     with threads(record.threads):
         samples = remade(found, record, path, callback, worse)
     for name, said in (("model", record.model), ("bad", record.bad)):
@@ -330,6 +337,28 @@ def the_one(
             f"the record says {said.sha256[:10]}...; give the model that did"
         )
     return found
+
+
+def as_fast(model: Model, record: Record, path: Path | str, own: bool, weights: str | None) -> None:
+    """Have a model compute as a record says.
+
+    Arguments:
+        model: The model.
+        record: The record.
+        path: Where it is from, for the message.
+        own: Whether the model was loaded here, so that it may be changed.
+        weights: How its weights are to be held.
+
+    Raises:
+        UsageError: It is another's, and computes otherwise.
+    """
+    dtype = DTYPES.get(record.dtype) if record.speed == "fast" else None
+    if own and record.speed == "fast":
+        hasten(model, dtype, weights, chosen=True)
+    if (model.speed.name, model.speed.weights, model.speed.dtype) != (record.speed, weights, dtype):
+        how = f"speed {record.speed}" + (f", dtype {record.dtype}" if record.speed == "fast" else "")
+        how += f", weights {weights}" if weights else ""
+        raise UsageError(f"{path} was made with {how}, and the model given was loaded otherwise; give its path")
 
 
 def put_on(model: Model, loras: Sequence[LoraRecord], path: Path | str) -> None:
@@ -398,6 +427,7 @@ def request(record: Record) -> dict[str, Any]:
         "size": record.size,
         "dtype": record.dtype,
         "exact": record.exact,
+        "cache_every": record.cache_every,
         "batch_size": record.batch_size,
         **record.options,
     }
@@ -425,7 +455,7 @@ def differences(record: Record) -> Iterator[str]:
     if record.device != recorded_device(record):
         yield f"made on {record.device}, which is not here"
     if not record.exact:
-        yield "made in free batches, not exactly"
+        yield f"made {'fast' if record.speed == 'fast' else 'in free batches'}, not exactly"
     if record.threads > MAX_THREADS:
         yield f"made with {record.threads} threads, more than are tried here"
 

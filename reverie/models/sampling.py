@@ -28,6 +28,8 @@ from reverie.models.conditioning import Conditioner, Told, bound, guided, same_l
 from reverie.models.editing import Given
 from reverie.models.memory import check_memory, memory_errors
 from reverie.models.plan import SamplingPlan
+from reverie.models.reuse import Reusing
+from reverie.models.speed import is_packed
 
 
 class Progress(NamedTuple):
@@ -160,9 +162,13 @@ def prepared(
 
 def in_buckets(denoiser: NetworkDenoiser, plan: SamplingPlan) -> Denoiser:
     """Return a network's denoiser in the plan's arithmetic, and in its buckets where there are any."""
-    core = NetworkDenoiser(
-        denoiser.network, denoiser.schedule, denoiser.prediction, denoiser.learned_variance, plan.dtype
+    # Weights that are laid out for speed bring their arithmetic with them.
+    dtype = None if is_packed(denoiser.network) else plan.dtype
+    core: Denoiser = NetworkDenoiser(
+        denoiser.network, denoiser.schedule, denoiser.prediction, denoiser.learned_variance, dtype
     )
+    if plan.cache_every > 1:
+        core = Reusing(core, plan.cache_every)
     return core if plan.bucket is None else FixedBatch(core, plan.bucket)
 
 

@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from reverie.kernels import attention, linear, self_attention
 from reverie.networks.layers import GroupNorm, Image, Linear, Resized, SizeOf, zeroed
@@ -98,6 +99,8 @@ class Attention(nn.Module):
 
     Attributes:
         over_pixels: Whether its tokens are an image's pixels, which see each other.
+        joined: One layer for queries, keys and values of the same tokens, where it was given one.
+        known: The keys and values of contexts, where it is to remember them.
     """
 
     over_pixels = False
@@ -111,17 +114,45 @@ class Attention(nn.Module):
         self.to_k = Linear(context_dim or channels, heads * head_dim, bias=bias)
         self.to_v = Linear(context_dim or channels, heads * head_dim, bias=bias)
         self.to_out = nn.ModuleList([Linear(heads * head_dim, channels)])
+        self.joined: nn.Module | None = None
+        self.known: WeakIdKeyDictionary | None = None
 
     def forward(self, x: Tokens, context: Float[Tensor, "b l d"] | None = None) -> Tokens:
         """Return what the tokens see in the context, or in themselves."""
         if context is None and not mixes(self):
-            return self.to_out[0](self.to_v(x))
+            return self.to_out[0](self._values(x))
         if context is None:
             return self.to_out[0](self_attention(self._fused(x), self.heads))
-        return self.to_out[0](attention(self.to_q(x), self.to_k(context), self.to_v(context), self.heads))
+        return self.to_out[0](attention(self.to_q(x), *self._of_context(context), self.heads))
+
+    def join(self, layer: nn.Module) -> None:
+        """Have queries, keys and values of the same tokens made by one layer, which is given, instead of three."""
+        self.joined = layer
+        del self.to_q, self.to_k, self.to_v
+
+    def remember(self) -> None:
+        """Work keys and values out once for each context, as long as there is that tensor, and unchanged."""
+        self.known = WeakIdKeyDictionary()
+
+    def _of_context(self, context: Float[Tensor, "b l d"]) -> tuple[Tensor, Tensor]:
+        """Return the keys and values of a context."""
+        if self.known is None:
+            return self.to_k(context), self.to_v(context)
+        version = 0 if context.is_inference() else context._version
+        found = self.known.get(context)
+        if found is None or found[0] != version:
+            found = version, self.to_k(context), self.to_v(context)
+            self.known[context] = found
+        return found[1:]
+
+    def _values(self, x: Tokens) -> Tokens:
+        """Return the values of tokens."""
+        return self.to_v(x) if self.joined is None else self.joined(x).chunk(3, -1)[2]
 
     def _fused(self, x: Tokens) -> Float[Tensor, "b n qkv"]:
         """Return queries, keys and values of the same tokens, which are read once, side by side."""
+        if self.joined is not None:
+            return self.joined(x)
         parts = self.to_q, self.to_k, self.to_v
         weight = torch.cat([part.weight for part in parts])
         bias = None if self.to_q.bias is None else torch.cat([part.bias for part in parts])

@@ -25,7 +25,10 @@ References:
     https://arxiv.org/abs/2310.04378
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Real
@@ -37,7 +40,46 @@ from reverie.networks.skip_blocks import SkipDownBlock, SkipUpBlock
 from reverie.networks.unet_blocks import Block, DownBlock, MiddleBlock, UpBlock
 from reverie.networks.unet_config import UNetConfig
 
-__all__ = ["UNet", "UNetConfig", "modern_names"]
+__all__ = ["Deep", "UNet", "UNetConfig", "keeping_deep", "modern_names"]
+
+
+@dataclass
+class Deep:
+    """What comes up to the first level from those below it; None before it was worked out.
+
+    Arguments:
+        state: It (B, C, H, W).
+    """
+
+    state: Tensor | None = None
+
+    def of(self, x: Float[Tensor, "b c h w"]) -> bool:
+        """Whether it is there, and of so many samples."""
+        return self.state is not None and len(self.state) == len(x)
+
+
+_DEEP: ContextVar[Deep | None] = ContextVar("deep", default=None)
+
+
+@contextmanager
+def keeping_deep(deep: Deep) -> Iterator[None]:
+    """A block in which a U-Net keeps what its lower levels say, or, where it is kept already, does not ask them.
+
+    Arguments:
+        deep: Where it is kept.
+
+    Example:
+        >>> unet, deep = UNet(UNetConfig(in_channels=1, channels=(8, 16))), Deep()
+        >>> with keeping_deep(deep):
+        ...     first, second = (unet(torch.zeros(1, 1, 8, 8), torch.zeros(1)) for _ in range(2))
+        >>> torch.equal(first, second), deep.state.shape
+        (True, torch.Size([1, 16, 8, 8]))
+    """
+    token = _DEEP.set(deep)
+    try:
+        yield
+    finally:
+        _DEEP.reset(token)
 
 
 class UNet(nn.Module):
@@ -154,19 +196,35 @@ class UNet(nn.Module):
         image: Tensor | None = x
         x = self.conv_in(x)
         skips = [x]
-        for block in self.down_blocks:
-            x, image = block(x, emb, context, skips, image)
-        if self.mid_block is not None:
-            x = self.mid_block(x, emb, context)
-        image = None
-        for block in self.up_blocks:
-            x, image = block(x, emb, context, skips, image)
+        deep = None if torch.compiler.is_compiling() else _DEEP.get()
+        if deep is not None and deep.state is not None:
+            self.down_blocks[0](x, emb, context, skips, image)
+            skips.pop()  # what the next level would start from
+            x, image = deep.state, None
+        else:
+            x, image = self._below(x, emb, context, skips, image)
+        if deep is not None:
+            deep.state = x
+        x, image = self.up_blocks[-1](x, emb, context, skips, image)
         x = self.conv_out(self.conv_norm_out(x, self.act_out))
         if image is not None:
             x = x + image
         if self.config.time_embedding_type == "fourier":
             x = (x / time[:, None, None, None]).to(x.dtype)
         return x
+
+    def _below(
+        self, x: Tensor, emb: Tensor, context: Tensor | None, skips: list[Tensor], image: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return what comes up to the first level: all of (2) but its last block."""
+        for block in self.down_blocks:
+            x, image = block(x, emb, context, skips, image)
+        if self.mid_block is not None:
+            x = self.mid_block(x, emb, context)
+        image = None
+        for block in self.up_blocks[:-1]:
+            x, image = block(x, emb, context, skips, image)
+        return x, image
 
     def _embed(
         self,

@@ -151,7 +151,9 @@ def test_a_class_of_many_is_the_same_as_alone(made):
         (["--no-clip"], {"clip": False}),
         (["--threshold", "0.9"], {"threshold": 0.9, "clip": 1.0}),
         (["--dtype", "bfloat16"], {"dtype": "bfloat16"}),
-        (["--fast", "-b", "2"], {"exact": False}),
+        (["--speed", "fast", "-b", "2"], {"exact": False, "speed": "fast"}),
+        (["--speed", "fast", "--weights", "int8"], {"weights": "int8"}),
+        (["--speed", "fast", "--cache-every", "2"], {"cache_every": 2}),
         (["--num_inference_steps", "1"], {"steps": 1}),
     ],
 )

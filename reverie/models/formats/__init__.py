@@ -11,6 +11,7 @@ from reverie.base.errors import ModelFileError, ReverieError, UsageError
 from reverie.base.registry import Registry
 from reverie.models.formats.base import Format
 from reverie.models.model import Model
+from reverie.models.speed import refuse_packed
 
 _HERE = "reverie.models.formats"
 
@@ -122,6 +123,7 @@ def write_model(model: Model, path: Path | str, kind: str | None = None, overwri
         UsageError: There is something there already, or the format can't express the model.
         StorageError: The disk is full, read-only, gone or faulty.
     """
+    refuse_packed(model, "saved")
     path = Path(path)
     if kind is None:
         kinds = ("single-file",) if path.suffix == ".safetensors" else ("diffusers", "native")

@@ -1,0 +1,250 @@
+r"""A network made ready to be asked many times and never to be trained: its weights in one dtype, laid out for speed.
+
+What changes, and what each change does to the numbers:
+
+- **Convolutions and linear layers** hold their weights once, in the dtype that they compute in, in oneDNN's blocks
+  where it takes them: a cast's rounding, and nothing beside it. The first and the last convolution, and what is made of
+  the time and the label, stay in float32: they are a thousandth of the work.
+- **Norms** keep their weights in float32, and take their sums in it.
+- **Self-attention** reads its tokens once, for queries, keys and values together.
+- **Attention to a context** works its keys and values out once for each context, as long as that is there: they
+  depend on the words alone, and are the same at every step.
+- **Eight bits**, where they are asked for: a scale for each output, and the weight made of them in each product.
+
+References:
+    bfloat16: Brain floating point, A Study of BFLOAT16 for Deep Learning Training (Kalamkar et al., 2019)
+    https://arxiv.org/abs/1905.12322
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from reverie.kernels.packed import Eight, blocks, blocks_of_convolution, convolve, eight, multiply, packs
+from reverie.networks.attention import Attention
+from reverie.networks.autoencoder import Autoencoder
+from reverie.networks.captioned import Captioned
+from reverie.networks.tiny_autoencoder import TinyAutoencoder
+from reverie.networks.unet import UNet
+
+FLOAT32 = ("time_embedding", "class_embedding", "add_embedding", "quant_conv", "post_quant_conv")  # left as they are
+ENDS = ("conv_in", "conv_out")  # computed in float32
+
+
+class Packing(NamedTuple):
+    """What became of a network's weights.
+
+    Arguments:
+        numbers: How many numbers of them were packed.
+        bytes: What these take now.
+        error: The relative error of the weights in eight bits, ||W' - W|| / ||W||; 0 where there are none.
+    """
+
+    numbers: int
+    bytes: int
+    error: float
+
+
+class Packed(nn.Module):
+    """A layer whose weight is held in blocks, in eight bits, or plainly.
+
+    Arguments:
+        weight: The layer's own.
+        bias: One for each output.
+        dtype: What it computes in.
+        out: What it returns.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, out: torch.dtype) -> None:
+        super().__init__()
+        self.dtype, self.out, self.numbers = dtype, out, weight.numel()
+        # No parameters: what is in blocks can neither be trained nor moved.
+        self.bias = None if bias is None else bias.detach().to(dtype)
+        self.held: Tensor | Eight = weight.detach().to(dtype)
+        self.error = torch.zeros(2, dtype=torch.float64)  # squared, of the weight and what it is relative to
+
+    def hold(self, bits8: bool, weight: Tensor) -> None:
+        """Take eight bits of a weight, or its blocks."""
+        if bits8:
+            self.held = eight(weight.detach(), self.dtype)
+            off = self.held.full().float() - weight.detach().float()
+            self.error = torch.stack([off.double().square().sum(), weight.detach().double().square().sum()])
+        elif packs():
+            self.held = self.blocks()
+
+    def blocks(self) -> Tensor:
+        """Return the weight in blocks."""
+        raise NotImplementedError
+
+    @property
+    def full(self) -> Tensor:
+        """The weight, as a product takes it."""
+        return self.held.full() if isinstance(self.held, Eight) else self.held
+
+    @property
+    def bytes(self) -> int:
+        """What it takes."""
+        held = self.held if isinstance(self.held, Eight) else (self.held,)
+        return sum(part.numel() * part.element_size() for part in held)
+
+
+class PackedLinear(Packed):
+    """A linear layer: y = x W^T + b.
+
+    Arguments:
+        weight: W (O, I).
+        bias: b (O,).
+        dtype: What it computes in.
+        bits8: Hold the weight in eight bits.
+
+    Example:
+        >>> layer = nn.Linear(4, 2)
+        >>> x = torch.randn(3, 5, 4)
+        >>> torch.allclose(PackedLinear(layer.weight, layer.bias, torch.float32)(x), layer(x), atol=1e-6)
+        True
+    """
+
+    def __init__(
+        self, weight: Float[Tensor, "o i"], bias: Float[Tensor, " o"] | None, dtype: torch.dtype, bits8: bool = False
+    ) -> None:
+        super().__init__(weight, bias, dtype, dtype)
+        self.hold(bits8, weight)
+
+    def blocks(self) -> Tensor:
+        assert isinstance(self.held, Tensor)
+        return blocks(self.held)
+
+    def forward(self, x: Float[Tensor, "... i"]) -> Float[Tensor, "... o"]:
+        return multiply(x.to(self.dtype), self.full, self.bias)
+
+
+class PackedConv2d(Packed):
+    """A convolution of images, in channels-last; one of 1x1 is a linear layer of the pixels.
+
+    Arguments:
+        conv: The convolution, of one group and without dilation.
+        dtype: What it computes in.
+        bits8: Hold the weight in eight bits.
+        out: What it returns; dtype, where None.
+
+    Example:
+        >>> conv = nn.Conv2d(3, 4, 3, padding=1)
+        >>> x = torch.randn(2, 3, 5, 6).to(memory_format=torch.channels_last)
+        >>> torch.allclose(PackedConv2d(conv, torch.float32)(x), conv(x), atol=1e-6)
+        True
+    """
+
+    def __init__(
+        self, conv: nn.Conv2d, dtype: torch.dtype, bits8: bool = False, out: torch.dtype | None = None
+    ) -> None:
+        super().__init__(conv.weight, conv.bias, dtype, out or dtype)
+        self.stride, self.padding = conv.stride, conv.padding
+        self.pixelwise = conv.kernel_size == (1, 1) and conv.stride == (1, 1) and conv.padding == (0, 0)
+        weight = conv.weight.flatten(1) if self.pixelwise else conv.weight.to(memory_format=torch.channels_last)
+        self.held = weight.detach().to(dtype)
+        self.hold(bits8, weight)
+
+    def blocks(self) -> Tensor:
+        assert isinstance(self.held, Tensor)
+        return blocks(self.held) if self.pixelwise else blocks_of_convolution(self.held, self.stride, self.padding)  # type: ignore[arg-type]
+
+    def forward(self, x: Float[Tensor, "b i h w"]) -> Float[Tensor, "b o h2 w2"]:
+        x = x.to(self.dtype).contiguous(memory_format=torch.channels_last)
+        if self.pixelwise:
+            return multiply(x.permute(0, 2, 3, 1), self.full, self.bias).permute(0, 3, 1, 2).to(self.out)
+        return convolve(x, self.full, self.bias, self.stride, self.padding).to(self.out)  # type: ignore[arg-type]
+
+
+def packable(network: nn.Module) -> list[nn.Module]:
+    """Return the parts of a network that `pack` takes; none of one that it does not know.
+
+    Example:
+        >>> from reverie.networks.unet import UNetConfig
+        >>> len(packable(UNet(UNetConfig(channels=(8, 16))))), packable(nn.Linear(2, 2))
+        (1, [])
+    """
+    if isinstance(network, Captioned):
+        return packable(network.unet)  # its words are read once for a picture
+    if isinstance(network, UNet):
+        # NCSN++ carries its input beside the state, in float32.
+        plain = not any("Skip" in kind for kind in (*network.config.down_types, *network.config.up_types))
+        return [network] if plain else []
+    if isinstance(network, Autoencoder):
+        return [network.encoder, network.decoder]
+    return [network.encoder, network.decoder] if isinstance(network, TinyAutoencoder) else []
+
+
+def pack(network: nn.Module, dtype: torch.dtype = torch.float32, bits8: bool = False) -> Packing:
+    """Make a network on the CPU ready to be asked many times. It can't be trained, moved or saved after that.
+
+    Arguments:
+        network: One of those that `packable` knows parts of.
+        dtype: What it is to compute in: float32 or bfloat16.
+        bits8: Hold its weights in eight bits.
+
+    Returns:
+        What became of its weights.
+
+    Example:
+        >>> from reverie.networks.unet import UNetConfig
+        >>> network = UNet(UNetConfig(in_channels=1, channels=(8, 16))).eval()
+        >>> pack(network).numbers > 0, network(torch.zeros(2, 1, 8, 8), torch.zeros(2)).shape
+        (True, torch.Size([2, 1, 8, 8]))
+    """
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    for part in packable(network):
+        for attention in [module for module in part.modules() if isinstance(module, Attention)]:
+            pack_attention(attention, dtype, bits8)
+        ends = end_layers(part)
+        for parent, name, layer in list(layers_of(part)):
+            setattr(parent, name, packed(layer, dtype, bits8, layer is ends[0], layer is ends[1]))
+    done = [module for module in network.modules() if isinstance(module, Packed)]
+    off, whole = sum((module.error for module in done), torch.zeros(2, dtype=torch.float64)).tolist()
+    numbers, size = sum(module.numbers for module in done), sum(module.bytes for module in done)
+    return Packing(numbers, size, (off / whole) ** 0.5 if whole else 0.0)
+
+
+def pack_attention(attention: Attention, dtype: torch.dtype, bits8: bool) -> None:
+    """Join the queries, keys and values of a self-attention; have another remember what it made of a context."""
+    if not attention.over_pixels:
+        attention.remember()
+        return
+    parts = [attention.to_q, attention.to_k, attention.to_v]
+    bias = None if attention.to_q.bias is None else torch.cat([part.bias for part in parts])
+    attention.join(PackedLinear(torch.cat([part.weight.detach() for part in parts]), bias, dtype, bits8))
+
+
+def layers_of(part: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+    """Yield the layers that are packed, each with what holds it and its name there."""
+    for parent in part.modules():
+        for name, layer in parent.named_children():
+            if isinstance(layer, nn.Conv2d | nn.Linear) and not left(part, layer):
+                yield parent, name, layer
+
+
+def left(part: nn.Module, layer: nn.Module) -> bool:
+    """Whether a layer is of those that stay as they are."""
+    owners = [owner for name in FLOAT32 if (owner := getattr(part, name, None)) is not None]
+    return any(layer is module for owner in owners for module in owner.modules())
+
+
+def end_layers(part: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """Return the first and the last convolution of a part."""
+    if hasattr(part, ENDS[0]):
+        first, last = (getattr(part, name) for name in ENDS)
+        return first, last
+    convs = [module for module in part.modules() if isinstance(module, nn.Conv2d)]
+    return convs[0], convs[-1]
+
+
+def packed(layer: nn.Module, dtype: torch.dtype, bits8: bool, first: bool, last: bool) -> Packed:
+    """Return a layer, packed: in float32 where it is the first or the last, and then never in eight bits."""
+    if isinstance(layer, nn.Linear):
+        return PackedLinear(layer.weight, layer.bias, dtype, bits8)
+    assert isinstance(layer, nn.Conv2d)
+    if first or last:
+        return PackedConv2d(layer, torch.float32, out=torch.float32 if last else dtype)
+    return PackedConv2d(layer, dtype, bits8)

@@ -1,0 +1,160 @@
+"""A packed network says what the network said."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from reverie.networks.autoencoder import Autoencoder, AutoencoderConfig
+from reverie.networks.captioned import Captioned, CaptionedConfig
+from reverie.networks.mlp import MLP, MLPConfig
+from reverie.networks.packed import Packed, pack, packable
+from reverie.networks.tiny_autoencoder import TinyAutoencoder, TinyAutoencoderConfig
+from reverie.networks.unet import UNet, UNetConfig
+
+NEAR = {torch.float32: 1e-5, torch.bfloat16: 0.02}
+
+
+def filled(network: nn.Module) -> nn.Module:
+    """Return a network whose outputs are not zero."""
+    torch.manual_seed(0)
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            module.reset_parameters()
+    return network.eval().requires_grad_(False)
+
+
+def unet(**config) -> UNet:
+    return filled(UNet(UNetConfig(**{"in_channels": 3, "channels": (16, 32), "attention": (False, True), **config})))
+
+
+def told(network: UNet, rows: int) -> dict[str, torch.Tensor]:
+    """Return what a network is asked."""
+    draw = torch.Generator().manual_seed(1)
+    asked = {"x": torch.randn(rows, 3, 12, 10, generator=draw), "time": 999 * torch.rand(rows, generator=draw)}
+    if network.config.context_dim:
+        asked["context"] = torch.randn(rows, 7, network.config.context_dim, generator=draw)
+    if network.config.num_class_embeds:
+        asked["label"] = torch.arange(rows)
+    return asked
+
+
+def off(y, wanted):
+    return float((y - wanted).norm() / wanted.norm())
+
+
+CONFIGS = [
+    {},
+    {"num_class_embeds": 5, "resnet_time_scale_shift": "scale_shift"},
+    {"context_dim": 12},
+    {"context_dim": 12, "use_linear_projection": True, "channels": (8, 16, 32), "attention": (True, True, False)},
+]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("dtype", list(NEAR))
+def test_a_packed_unet_is_the_unet(config, dtype):
+    network = unet(**config)
+    asked, other = told(network, 3), copy.deepcopy(network)
+    packing = pack(other, dtype)
+    y = other(**asked)
+    assert y.dtype == torch.float32
+    assert off(y, network(**asked)) < NEAR[dtype]
+    assert packing.error == 0
+    assert packing.bytes <= packing.numbers * 4
+
+
+@torch.no_grad()
+def test_a_bfloat16_network_is_no_further_off_than_autocast():
+    network = unet(context_dim=12)
+    asked, other = told(network, 2), copy.deepcopy(network)
+    pack(other, torch.bfloat16)
+    wanted = network(**asked)
+    with torch.autocast("cpu", torch.bfloat16):
+        autocast = network(**asked)
+    assert off(other(**asked), wanted) < 1.3 * off(autocast, wanted)
+
+
+@torch.no_grad()
+def test_eight_bits_take_a_quarter_and_say_how_far_they_are_off():
+    network = unet(context_dim=12, channels=(32, 64))
+    asked, other = told(network, 2), copy.deepcopy(network)
+    packing = pack(other, torch.float32, bits8=True)
+    assert packing.bytes < 0.3 * 4 * packing.numbers
+    assert 1e-3 < packing.error < 0.01
+    assert 1e-4 < off(other(**asked), network(**asked)) < 0.05
+
+
+@torch.no_grad()
+def test_keys_and_values_of_a_context_are_worked_out_once():
+    network = unet(context_dim=12)
+    pack(network)
+    calls = []
+    for module in network.modules():
+        if getattr(module, "known", None) is not None:
+            module.to_k.register_forward_hook(lambda *_: calls.append(1))
+    asked = told(network, 2)
+    first = network(**asked)
+    once = len(calls)
+    assert once > 0
+    assert torch.equal(network(**asked), first)
+    assert len(calls) == once
+    asked["context"] += 1  # the same tensor, of other numbers
+    assert not torch.equal(network(**asked), first)
+    assert len(calls) == 2 * once
+    del asked
+    assert all(len(module.known) == 0 for module in network.modules() if getattr(module, "known", None) is not None)
+
+
+@torch.no_grad()
+def test_the_words_encoder_stays_as_it_is():
+    network = filled(Captioned(CaptionedConfig(words={"vocabulary": 9, "length": 4}, unet={"channels": (8, 16)})))
+    tokens = torch.tensor([[1, 2, 0, 0]])
+    before, x, t = network.encode(tokens), torch.randn(1, 3, 8, 8), torch.zeros(1)
+    wanted = network(x, t, **before)
+    pack(network)
+    assert torch.equal(network.encode(tokens)["context"], before["context"])
+    assert off(network(x, t, **before), wanted) < 1e-5
+    assert not any(isinstance(module, Packed) for module in network.words.modules())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", list(NEAR))
+@pytest.mark.parametrize(
+    "network",
+    [
+        Autoencoder(AutoencoderConfig(channels=(8, 16, 16), latent_channels=4)),
+        TinyAutoencoder(TinyAutoencoderConfig(encoder_channels=8, decoder_channels=8)),
+    ],
+    ids=["kl", "tiny"],
+)
+def test_a_packed_autoencoder_is_the_autoencoder(network, dtype):
+    network = filled(copy.deepcopy(network))
+    other = copy.deepcopy(network)
+    pack(other, dtype)
+    latents, images = torch.randn(1, 4, 6, 5), torch.rand(1, 3, 32, 24)
+    assert off(other.decode(latents), network.decode(latents)) < 2 * NEAR[dtype]
+    one, two = network.encode(images), other.encode(images)
+    one, two = (z if isinstance(z, torch.Tensor) else z.mean for z in (one, two))
+    assert off(two, one) < 2 * NEAR[dtype]
+
+
+def test_what_is_not_known_is_not_packed():
+    assert packable(MLP(MLPConfig(in_channels=2, out_channels=2))) == []
+    skips = {"down_block_types": ["SkipDownBlock2D"] * 2, "up_block_types": ["SkipUpBlock2D"] * 2}
+    assert packable(UNet(UNetConfig(channels=(32, 32), **skips))) == []
+
+
+@torch.no_grad()
+def test_a_broken_attention_still_returns_its_values():
+    from reverie.networks.attention import pixel_attentions, unmixed
+
+    network = unet()
+    asked, other = told(network, 2), copy.deepcopy(network)
+    pack(other)
+    with unmixed(pixel_attentions(network).values()):
+        wanted = network(**asked)
+    with unmixed(pixel_attentions(other).values()):
+        assert off(other(**asked), wanted) < 1e-5
