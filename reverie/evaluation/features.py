@@ -188,7 +188,7 @@ def train_classifier(
     cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps)
 
     classifier.train()
-    for step, rows in enumerate(_batches(len(images), batch_size, epochs, seed), start=1):
+    for step, rows in enumerate(epochs_of(len(images), batch_size, epochs, seed, "classifier"), start=1):
         loss = F.cross_entropy(classifier(_to_model(images[rows])), labels[rows].long())
         if not loss.isfinite():
             raise NonFiniteError(f"the classifier's loss is {loss.item()} at step {step}; lower learning_rate")
@@ -201,8 +201,8 @@ def train_classifier(
     return classifier.eval()
 
 
-def _batches(count: int, batch_size: int, epochs: int, seed: int) -> Iterator[Int[Tensor, " b"]]:
-    """Yield the rows of each batch: each epoch in an order of its own, fixed by the seed."""
+def epochs_of(count: int, batch_size: int, epochs: int, seed: int, purpose: str) -> Iterator[Int[Tensor, " b"]]:
+    """Yield the rows of each batch: each epoch in an order of its own, fixed by the seed and what it is for."""
     for epoch in range(epochs):
-        order = torch.from_numpy(generator(seed, "classifier", "order", epoch).permutation(count))
+        order = torch.from_numpy(generator(seed, purpose, "order", epoch).permutation(count))
         yield from order.split(batch_size)
