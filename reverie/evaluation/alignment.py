@@ -30,7 +30,7 @@ from reverie.evaluation.features import epochs_of
 Images = UInt8[Tensor, "n c h w"]
 Vectors = Float[Tensor, "n e"]
 
-WIDTH = 64  # of the first convolution
+WIDTH = 32  # of the first convolution
 HOTTEST = math.log(100)  # of ln s
 
 
@@ -51,12 +51,12 @@ class ImageText(nn.Module):
     def __init__(self, channels: int, vocabulary: Vocabulary, dimensions: int = 128) -> None:
         super().__init__()
         self.vocabulary = vocabulary
-        widths = [channels, WIDTH, WIDTH, 2 * WIDTH, 2 * WIDTH, 4 * WIDTH]
+        widths = [channels, WIDTH, 2 * WIDTH, 2 * WIDTH, 4 * WIDTH, 8 * WIDTH]
         layers: list[nn.Module] = []
         for i, (before, after) in enumerate(pairwise(widths)):
             layers += [nn.Conv2d(before, after, 3, stride=1 + i % 2, padding=1, bias=False)]
             layers += [nn.BatchNorm2d(after), nn.SiLU()]
-        self.body = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16 * WIDTH, dimensions))
+        self.body = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32 * WIDTH, dimensions))
         self.embedding = nn.EmbeddingBag(len(vocabulary), 2 * dimensions, mode="mean", padding_idx=0)
         self.mix = nn.Sequential(
             nn.Linear(2 * dimensions, 2 * dimensions), nn.SiLU(), nn.Linear(2 * dimensions, dimensions)

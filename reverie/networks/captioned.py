@@ -1,4 +1,4 @@
-r"""A U-Net that is told what to draw in words, with the encoder of the words: both are trained together.
+r"""A U-Net, or a transformer, that is told what to draw in words, with the encoder of the words, trained along.
 
     e = E[tokens] + P;    e = e + attention(norm(e)), e = e + mlp(norm(e)) for each block                     (1)
     context = norm(e),    pooled = W mean_i(context_i)                                                         (2)
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from reverie.base.errors import UsageError
 from reverie.networks.attention import Attention, GatedMLP
+from reverie.networks.dit import DiT, DiTConfig
 from reverie.networks.layers import Linear, checked
 from reverie.networks.unet import UNet
 from reverie.networks.unet_config import UNetConfig
@@ -53,10 +54,10 @@ class WordsConfig(BaseModel):
 
 
 class CaptionedConfig(BaseModel):
-    """A U-Net with an encoder of words.
+    """A network of images with an encoder of words.
 
     Example:
-        >>> CaptionedConfig(words={"vocabulary": 9, "length": 4}, unet={"channels": (8, 16)}).unet_config.context_dim
+        >>> CaptionedConfig(words={"vocabulary": 9, "length": 4}, unet={"channels": (8, 16)}).inner.context_dim
         128
     """
 
@@ -64,24 +65,35 @@ class CaptionedConfig(BaseModel):
 
     words: WordsConfig
     """The encoder."""
-    unet: UNetConfig
-    """The U-Net, without what the words bring to it."""
+    unet: UNetConfig | None = None
+    """A U-Net, without what the words bring to it,"""
+    dit: DiTConfig | None = None
+    """or a transformer."""
+
+    @model_validator(mode="after")
+    def holds_one(self) -> "CaptionedConfig":
+        """Refuse no network, and two."""
+        if (self.unet is None) == (self.dit is None):
+            raise ValueError("there is one network of images beside the words: unet or dit")
+        return self
 
     @property
-    def unet_config(self) -> UNetConfig:
-        """The U-Net with what the words bring to it."""
+    def inner(self) -> UNetConfig | DiTConfig:
+        """The network of images with what the words bring to it."""
+        given = self.unet or self.dit
+        assert given is not None
         told = {"context_dim": self.words.width, "class_embed_type": "identity"}
-        return UNetConfig(**(self.unet.model_dump(exclude_unset=True) | told))
+        return type(given)(**(given.model_dump(exclude_unset=True) | told))
 
     @property
     def in_channels(self) -> int:
         """Channels of the image that is given."""
-        return self.unet.in_channels
+        return self.inner.in_channels
 
     @property
     def out_channels(self) -> int:
         """Channels of the image that is returned."""
-        return self.unet.out_channels
+        return self.inner.out_channels
 
 
 class WordsBlock(nn.Module):
@@ -126,7 +138,7 @@ class Words(nn.Module):
 
 
 class Captioned(nn.Module):
-    """A U-Net that is told what to draw in words: equation (3).
+    """A network of images that is told what to draw in words: equation (3).
 
     Arguments:
         config: What it is made of.
@@ -142,19 +154,26 @@ class Captioned(nn.Module):
 
     def __init__(self, config: CaptionedConfig) -> None:
         super().__init__()
-        self.config = config
-        unet = config.unet_config
-        self.words = Words(config.words, unet.time_channels)
-        self.unet = UNet(unet)
+        self.config, inner = config, config.inner
+        self.words = Words(config.words, inner.time_channels)
+        if isinstance(inner, DiTConfig):
+            self.dit = DiT(inner)
+        else:
+            self.unet = UNet(inner)
+
+    @property
+    def image(self) -> UNet | DiT:
+        """The network of images."""
+        return self.unet if self.config.dit is None else self.dit
 
     @property
     def gradient_checkpointing(self) -> bool:
-        """Whether the inside of the U-Net's layers is computed again for the gradients."""
-        return self.unet.gradient_checkpointing
+        """Whether the inside of the layers is computed again for the gradients."""
+        return self.image.gradient_checkpointing
 
     @gradient_checkpointing.setter
     def gradient_checkpointing(self, on: bool) -> None:
-        self.unet.gradient_checkpointing = on
+        self.image.gradient_checkpointing = on
 
     def encode(self, tokens: Int64[Tensor, "b n"]) -> dict[str, Tensor]:
         """Return what the words of tokens (B, n) are to the U-Net: the same at every step, so worked out once.
@@ -192,4 +211,4 @@ class Captioned(nn.Module):
         if (tokens is None) == (context is None):
             raise UsageError("this network takes tokens, or what its encode made of them; give one of the two")
         told = {"context": context, "label": label} if tokens is None else self.encode(tokens)
-        return self.unet(x, time, beside=beside, **told)
+        return self.image(x, time, beside=beside, **told)

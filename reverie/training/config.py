@@ -135,14 +135,12 @@ class TrainConfig(RunConfig):
             yield f"weight {self.weight} is defined for distance l2"
         if self.decay == "cosine" and self.steps is None:
             yield "decay cosine needs steps: it must know where it ends"
-        if self.captions and self.network != "unet":
-            yield f"captions need network unet, not {self.network}"
         if self.captions and self.labels and "labels" in self.model_fields_set:
             yield "captions and labels are one or the other; leave labels out"
         yield from self.starting()
         yield from self.without_effect()
         if self.network == "edm2" and (self.time_scale_shift or self.captions):
-            yield "time_scale_shift and captions are the U-Net's; edm2 has neither"
+            yield "time_scale_shift and captions are for other networks; edm2 has neither"
         if self.network == "unet" and self.preset in ("xs", "s", "m", "l", "xl", "xxl"):
             yield f"preset {self.preset} is edm2's; the U-Net's are tiny, small, base and large"
         yield from self.of_transformers()

@@ -79,7 +79,7 @@ class Plan:
     def lines(self) -> list[str]:
         """Return the choices in words, a line each."""
         config = networks[self.card.network.name].Config(**self.card.network.config)  # with what a card leaves out
-        network = getattr(config, "unet", None) or config
+        network = getattr(config, "unet", None) or getattr(config, "dit", None) or config
         classes = f", {len(self.card.classes)} classes" if self.card.classes else ""
         text = self.card.text if isinstance(self.card.text, WordsSpec) else None
         arithmetic = "float32" if self.dtype is None else "bfloat16"
@@ -214,7 +214,8 @@ def choose_network(
 ) -> NetworkSpec:
     """Return the network of a run."""
     if isinstance(preset, TransformerPreset):
-        return NetworkSpec(name="dit", config=transformer_config(config, dataset, preset, labels))
+        dit = transformer_config(config, dataset, preset, labels)
+        return NetworkSpec(name="dit", config=dit) if text is None else captioned("dit", dit, text, preset.width)
     return network_spec(network_config(config, dataset, preset, labels), text, preset)
 
 
@@ -224,11 +225,16 @@ def network_spec(unet: dict[str, Any], text: WordsSpec | None, preset: Preset) -
         return NetworkSpec(name="edm2", config=unet)
     if text is None:
         return NetworkSpec(config=unet)
-    words = {"vocabulary": len(text.entries) + 1, "length": text.length, "width": 4 * preset.width}
     # The words are looked at wherever 16 pixels a side or fewer are left, not on one level alone.
     levels = attending(len(unet["channels"]), max(unet["sample_size"]))
     unet = unet | {"attention": [level >= levels.index(True) if any(levels) else True for level in range(len(levels))]}
-    return NetworkSpec(name="captioned", config={"words": words, "unet": unet})
+    return captioned("unet", unet, text, 4 * preset.width)
+
+
+def captioned(part: str, inner: dict[str, Any], text: WordsSpec, width: int) -> NetworkSpec:
+    """Return a network of images with an encoder of words before it, of so many channels."""
+    words = {"vocabulary": len(text.entries) + 1, "length": text.length, "width": width}
+    return NetworkSpec(name="captioned", config={"words": words, part: inner})
 
 
 def with_span(config: TrainConfig, spec: NetworkSpec) -> NetworkSpec:

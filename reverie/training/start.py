@@ -68,6 +68,8 @@ def refusals(config: TrainConfig, model: Model) -> Any:
         yield "is a model of latents, in which --fill does not train"
     if config.fill and card.network.name not in FILLING:
         yield f"is a {card.network.name}, which has no place for a mask; --fill is for {', '.join(FILLING)}"
+    if config.fill and "dit" in card.network.config:
+        yield "is a transformer, which has no place for a mask"
     if build_schedule(card.schedule).zero_terminal_snr and config.uncertainty:
         yield "has a clock that does not end, which uncertainty needs; leave it out"
 
@@ -109,7 +111,8 @@ def network_of(config: TrainConfig, card: Card) -> NetworkSpec:
         changes["in_channels"] = 2 * card.shape[0] + 1
         changes["out_channels"] = card.shape[0] * (2 if card.learned_variance else 1)
     whole = card.network.config
-    changed = {**whole, "unet": whole["unet"] | changes} if "unet" in whole else whole | changes
+    inner = next((part for part in ("unet", "dit") if part in whole), None)
+    changed = {**whole, inner: whole[inner] | changes} if inner else whole | changes
     return card.network.model_copy(update={"config": changed})
 
 

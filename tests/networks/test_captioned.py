@@ -7,21 +7,22 @@ from pydantic import ValidationError
 from reverie.base.errors import UsageError
 from reverie.networks.captioned import Captioned, CaptionedConfig
 
+UNET = {"unet": {"channels": (8, 16), "attention": (False, True)}}
+DIT = {"dit": {"width": 16, "depth": 2, "heads": 2}}
 
-def make(**words):
+
+def make(inner=UNET, **words):
     torch.manual_seed(0)
-    config = CaptionedConfig(
-        words={"vocabulary": 9, "length": 5, "width": 16, **words},
-        unet={"channels": (8, 16), "attention": (False, True)},
-    )
+    config = CaptionedConfig(words={"vocabulary": 9, "length": 5, "width": 16, **words}, **inner)
     net = Captioned(config).eval()
     for p in net.parameters():  # the zeros of the start would hide everything
         torch.nn.init.normal_(p, std=0.2)
     return net
 
 
-def test_the_words_and_their_order_decide_the_picture():
-    net, x, time = make(), torch.randn(1, 3, 8, 8), torch.tensor([500.0])
+@pytest.mark.parametrize("inner", [UNET, DIT])
+def test_the_words_and_their_order_decide_the_picture(inner):
+    net, x, time = make(inner), torch.randn(1, 3, 8, 8), torch.tensor([500.0])
     said = [torch.tensor([row]) for row in ([1, 2, 0, 0, 0], [2, 1, 0, 0, 0], [1, 3, 0, 0, 0], [0, 0, 0, 0, 0])]
     pictures = [net(x, time, tokens=tokens) for tokens in said]
     for i, a in enumerate(pictures):
@@ -58,8 +59,9 @@ def test_the_encoder_is_the_equations():
     torch.testing.assert_close(pooled, words.pool(context.mean(1)))
 
 
-def test_every_parameter_has_a_gradient():
-    net = make()
+@pytest.mark.parametrize("inner", [UNET, DIT])
+def test_every_parameter_has_a_gradient(inner):
+    net = make(inner)
     net(torch.randn(2, 3, 8, 8), torch.rand(2), tokens=torch.ones(2, 5, dtype=torch.int64)).square().mean().backward()
     assert [name for name, p in net.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == []
 
@@ -77,3 +79,9 @@ def test_wrong_tokens_are_refused():
         make().encode(torch.full((1, 5), 9))
     with pytest.raises(ValidationError, match="heads"):
         make(heads=3)
+
+
+@pytest.mark.parametrize("inner", [{}, UNET | DIT])
+def test_there_is_one_network_of_images(inner):
+    with pytest.raises(ValidationError, match="unet or dit"):
+        make(inner)

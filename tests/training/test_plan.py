@@ -89,13 +89,20 @@ def test_a_transformers_patches_follow_the_size(digits):
         ({"attention": (True, False)}, "dit has neither"),
         ({"widths": (32, 64)}, "one width"),
         ({"preset": "xs"}, "edm2's"),
-        ({"captions": True}, "need network unet"),
+        ({"objective": "mean-flow", "schedule": "flow", "prediction": "velocity"}, "no place"),
         ({"network": "unet", "patch": 2}, "patch is dit's"),
     ],
 )
 def test_what_a_transformer_has_not_is_refused(settings, words):
     with pytest.raises(ValueError, match=words):
         TrainConfig(out="x", **({"network": "dit"} | settings))
+
+
+def test_a_transformer_reads_captions():
+    network = plan(open_dataset("shapes:32,count=40"), network="dit", preset="tiny", captions=True).card.network
+    assert network.name == "captioned"
+    assert network.config["dit"]["patch"] == 2
+    assert network.config["words"]["width"] == 128
 
 
 def test_heads_that_do_not_divide_are_refused(digits):
