@@ -16,6 +16,7 @@ from tqdm import tqdm
 from reverie.base.errors import ReverieError, Stopped, UsageError
 from reverie.cli.console import interactive, note, size
 from reverie.cli.options import plain
+from reverie.models.footprint import weights_bytes, working_bytes
 from reverie.models.load import load
 from reverie.models.model import Model, Samples
 from reverie.models.pictures import again, animation, grid_picture, picture_bytes, write_new, write_pictures
@@ -169,8 +170,11 @@ class Job:
             yield f"drawn without a class; --class takes {shown}, or all"
         for text in (self.settings.prompt, self.settings.negative_prompt):
             yield from self.model.conditioner.remarks(text) if text and self.model.conditioner else ()
-        if (needed := memory_needed(self.planned(self.seeds[: self.plan.batch_size], self.frames))) > LARGE:
-            yield f"a batch of {self.plan.batch_size} takes {size(needed)} of memory at the least, beside the network"
+        needed = memory_needed(self.planned(self.seeds[: self.plan.batch_size], self.frames))
+        needed += working_bytes(self.model.denoiser.network, self.model.codec, self.plan)
+        if needed > LARGE:
+            weights = size(weights_bytes(self.model.denoiser.network, self.model.codec))
+            yield f"a batch of {self.plan.batch_size} takes about {size(needed)} of memory, beside {weights} of weights"
 
     @property
     def frames(self) -> int:

@@ -3,7 +3,7 @@
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -12,7 +12,7 @@ from reverie.base.errors import UsageError
 from reverie.models.clip_tokens import VARIABLE
 from reverie.models.formats import read_model
 from reverie.models.memory import memory_errors
-from reverie.models.model import Model
+from reverie.models.model import Model, mapped
 from reverie.models.plan import settle_dtype
 from reverie.models.speed import hasten, settle_speed
 
@@ -60,7 +60,7 @@ def load(
     target = find_device(device)
     network_dtype = None if dtype is None else settle_dtype(dtype)
     settle_speed(speed, weights)
-    with named_vocabulary(vocabulary):
+    with named_vocabulary(vocabulary), mapped() if speed == "fast" else nullcontext():
         model = read_model(path, ema)
     if loras or embeddings:
         from reverie.models.adapting import adapt

@@ -73,6 +73,7 @@ def execute(
     callback: Callable[[Progress], None] | None = None,
     conditioner: Conditioner | None = None,
     given: Given | None = None,
+    beside: int = 0,
 ) -> tuple[Float[Tensor, "n ..."], tuple[Intermediate, ...]]:
     """Carry out a plan.
 
@@ -82,6 +83,7 @@ def execute(
         callback: Called after every step; what it raises ends the sampling.
         conditioner: What reads prompts, where the model takes any.
         given: What the samples start from; None for noise.
+        beside: The bytes that the network and the codec take beside their weights.
 
     Returns:
         The samples (n, *D), float32 on the CPU, and the intermediates that the plan keeps.
@@ -91,8 +93,10 @@ def execute(
         OutOfMemoryError: There is not enough memory.
     """
     device = next(denoiser.network.parameters(), torch.empty(0)).device
-    what, lower = f"{plan.n} samples of {plan.shape}", "n, the batch size, or the number of intermediates"
-    check_memory(memory_needed(plan), torch.device("cpu"), what, lower)
+    what = f"{plan.n} sample{'s' * (plan.n != 1)} of {plan.shape}"
+    lower = "n, the batch size, the size of the picture, or the number of intermediates"
+    cpu = torch.device("cpu")
+    check_memory(memory_needed(plan) + (beside if device.type == "cpu" else 0), cpu, what, lower)
     results, kept = [], []
     networks = [one.network for one in (denoiser, plan.guiding.bad and plan.guiding.bad.denoiser) if one]
     with memory_errors(what, lower), evaluating(*networks):

@@ -97,6 +97,8 @@ def hasten(model: "Model", dtype: torch.dtype | None = None, weights: str | None
         )
     model.keep_identity()
     model.denoiser.dtype = found
+    if not packs:
+        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     packing = pack_network(network, found, weights == "int8") if packs else None
     if model.codec is not None:
         hasten_codec(model, found)
@@ -118,6 +120,7 @@ def hasten_codec(model: "Model", dtype: torch.dtype | None) -> None:
         pack_network(model.codec.network, dtype, False)
     else:
         model.codec.dtype = dtype
+        model.codec.to(memory_format=torch.channels_last)
 
 
 def is_packed(network: nn.Module) -> bool:

@@ -194,7 +194,6 @@ def pack(network: nn.Module, dtype: torch.dtype = torch.float32, bits8: bool = F
         >>> pack(network).numbers > 0, network(torch.zeros(2, 1, 8, 8), torch.zeros(2)).shape
         (True, torch.Size([2, 1, 8, 8]))
     """
-    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     for part in packable(network):
         for attention in [module for module in part.modules() if isinstance(module, Attention)]:
             pack_attention(attention, dtype, bits8)
