@@ -120,7 +120,7 @@ def hasten_codec(model: "Model", dtype: torch.dtype | None) -> None:
         pack_network(model.codec.network, dtype, False)
     else:
         model.codec.dtype = dtype
-        model.codec.to(memory_format=torch.channels_last)
+        model.codec.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def is_packed(network: nn.Module) -> bool:

@@ -226,7 +226,7 @@ def test_an_allocation_that_fails_says_what_to_lower(model):
             return torch.empty(2**60)
 
     model.denoiser.network = Greedy()
-    with pytest.raises(OutOfMemoryError, match=r"not enough memory for 1 samples.*lower"):
+    with pytest.raises(OutOfMemoryError, match=r"not enough memory for 1 sample of .*lower"):
         model.sample(1, steps=1)
 
 

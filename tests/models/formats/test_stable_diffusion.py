@@ -146,3 +146,22 @@ def test_a_part_of_another_model_is_refused(folders, tmp_path, part, change, sai
     config.write_text(json.dumps(json.loads(config.read_text()) | change))
     with pytest.raises(ModelFileError, match=said):
         read_model(tmp_path / "x")
+
+
+@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
+def test_fast_is_near_exact(folders, family):
+    """In float32 to rounding; in bfloat16 within a few hundredths of the latents; keys of the words worked out once."""
+    from reverie.models.load import load
+
+    path, _ = folders[family]
+    wanted = latents(read_model(path), 3, guidance=5.0)
+    for dtype, near in (("float32", 1e-4), ("bfloat16", 0.1)):
+        model, calls = load(path, speed="fast", dtype=dtype), []
+        keys = [m.to_k for m in model.denoiser.network.modules() if getattr(m, "known", None) is not None]
+        for layer in keys:
+            layer.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        assert relative(latents(model, 3, guidance=5.0), wanted) < near, dtype
+        assert len(calls) == len(keys) > 0
+    picture = load(path, speed="fast", weights="int8").sample(1, prompt=PROMPT, guidance=5.0, steps=2)
+    assert picture.record["weights"] == "int8"
+    assert picture.images.isfinite().all()
