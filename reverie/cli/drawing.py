@@ -20,6 +20,7 @@ from reverie.models.footprint import weights_bytes, working_bytes
 from reverie.models.load import load
 from reverie.models.model import Model, Samples
 from reverie.models.pictures import again, animation, grid_picture, picture_bytes, write_new, write_pictures
+from reverie.models.provenance import interpolated
 from reverie.models.sampling import Progress, SamplingPlan, memory_needed
 from reverie.training.metrics import Console
 
@@ -306,20 +307,21 @@ def edit(settings: "EditSettings", path: str, image: str) -> dict[str, Any]:
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     model = opened(settings, path)
+    if settings.with_ is not None and settings.task != "interpolate":
+        raise UsageError("--with has no effect but on --task interpolate; leave it out")
     first = secrets.randbelow(2**32) if settings.seed in (None, -1) else settings.seed
     how = {
         name: getattr(settings, name)
         for name in ("prompt", "negative_prompt", "sampler", "steps", "grid", "guidance", "cache_every")
     }
-    how |= {"classes": settings.class_, "mask": settings.mask, "strength": settings.strength, "seed": first}
+    how |= {"classes": settings.class_} | named_options(settings.set_)
     with progress_bar(settings.n) as tick:
-        samples = model.edit(
-            image,
-            settings.n,
-            callback=lambda progress: tick(progress, progress.total),
-            **how,
-            **named_options(settings.set_),
-        )
+        how["callback"] = lambda progress: tick(progress, progress.total)
+        if settings.task == "interpolate":
+            samples = between(settings, model, image, how)
+        else:
+            here = {name: getattr(settings, name) for name in ("mask", "strength", "task", "factor")}
+            samples = model.edit(image, settings.n, seed=first, **here, **how)
     for warning in model.warnings:
         note(f"warning: {warning}")
     files = write_pictures(samples, settings.out)
@@ -330,8 +332,23 @@ def edit(settings: "EditSettings", path: str, image: str) -> dict[str, Any]:
         "seeds": samples.seeds.tolist(),
         "prompt": settings.prompt,
         "edit": record["edit"],
+        "between": record["between"],
         "settings": {name: record[name] for name in (*RECORDED, "strength")},
     }
+
+
+def between(settings: "EditSettings", model: Model, image: str, how: dict[str, Any]) -> Samples:
+    """Return samples on the way from one picture to another, both of the model's own.
+
+    Raises:
+        UsageError: The other is not said, or something that has no effect is.
+    """
+    if settings.with_ is None:
+        raise UsageError("--task interpolate goes from one picture to another; name that with --with")
+    for name in ("mask", "strength", "factor", "seed"):
+        if getattr(settings, name) is not None:
+            raise UsageError(f"--{name} has no effect on --task interpolate; leave it out")
+    return interpolated(model, image, settings.with_, settings.n, **how)
 
 
 # Making again ---------------------------------------------------------------------------------

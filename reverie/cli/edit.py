@@ -17,6 +17,15 @@ class EditSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    task: Literal["inpaint", "colourise", "super-resolution", "interpolate"] | None = setting(
+        "what",
+        None,
+        "what a consistency model does with it, untrained: inpaint, colourise, super-resolution, interpolate",
+    )
+    factor: int | None = setting(
+        "what", None, "super-resolution: how many times as high and wide; to the model's size", ge=2, le=64
+    )
+    with_: str | None = setting("what", None, "interpolate: the picture at the other end, of --n in all")
     mask: str | None = setting("what", None, "a picture of the same size: white is drawn anew, black stays bit for bit")
     prompt: str | None = setting("what", None, "what to draw, in words", max_length=1 << 20)
     negative_prompt: str | None = setting("what", None, "what guidance leads away from", max_length=1 << 20)
@@ -78,6 +87,7 @@ def command(model: str, image: str, json: bool, **flags: Any) -> None:
     \b
     reverie edit runs/shapes red.png --prompt "a large blue star in the centre" --strength 0.9
     reverie edit sd15/ photo.png --mask sky.png --prompt "a sky with clouds"
+    reverie edit runs/quick small.png --task super-resolution --factor 4
     """
     settings = settle(EditSettings, flags)
     check_place(Path(settings.out))

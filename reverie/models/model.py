@@ -26,6 +26,7 @@ from reverie.models.guiding import Worse
 from reverie.models.plan import SamplingPlan, make_plan
 from reverie.models.sampling import Intermediate, Progress, execute
 from reverie.models.speed import EXACT, Speed, refuse_packed
+from reverie.models.tasks import ROUNDS, Between, check_task, factor_of, shares
 
 RECORD_FORMAT = 1
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
@@ -245,6 +246,8 @@ class Model:
         *,
         mask: Picture | None = None,
         strength: float | None = None,
+        task: str | None = None,
+        factor: int | None = None,
         callback: Callable[[Progress], None] | None = None,
         **request: Any,
     ) -> "Samples":
@@ -255,7 +258,10 @@ class Model:
                 the model needs, and cut back.
             n: How many.
             mask: White where it is to be made anew; the rest comes back as it was, bit for bit.
-            strength: The time that it is taken back to, in [0, 1]: 0 leaves it as it is. 0.8, or 1 with a mask.
+            strength: The time that it is taken back to, in [0, 1]: 0 leaves it as it is. 0.8, or 1 with a mask; a
+                task begins with noise alone.
+            task: What a consistency model does with it: inpaint, colourise or super-resolution (tasks.py).
+            factor: Of super-resolution, how many times as high and wide; to the model's size, if not said.
             callback: Called after every step; what it raises ends the sampling.
             request: As `sample` takes it: prompt, seed, steps, guidance, ...
 
@@ -263,7 +269,11 @@ class Model:
             UsageError: Something is out of range, unknown, or would have no effect; a mask of another size.
             DataError: The picture can't be read.
         """
-        original = self.original(image, mask)
+        original = self.original(image, mask, task, factor)
+        if task is not None:
+            if strength is not None:
+                raise UsageError("strength has no effect on a task, which begins with noise alone; leave it out")
+            return self.execute(self.plan_edit(original, n, strength=1.0, **request), callback, original)
         strength = (0.8 if original.mask is None else 1.0) if strength is None else strength
         if strength == 0:
             plan = self.plan_edit(original, n, strength=1e-9, **request)
@@ -273,15 +283,58 @@ class Model:
             )
         return self.execute(self.plan_edit(original, n, strength=strength, **request), callback, original)
 
-    def original(self, image: Picture, mask: Picture | None = None) -> Original:
-        """Return a picture and its mask as this model takes them."""
+    def interpolate(
+        self, first: int, second: int, n: int = 8, *, callback: Callable[[Progress], None] | None = None, **request: Any
+    ) -> "Samples":
+        """Draw samples on the way between those of two seeds, both ends among them: by a consistency model.
+
+        Arguments:
+            first: The seed that it begins with.
+            second: The seed that it ends with.
+            n: How many, at least 2.
+            callback: Called after every step; what it raises ends the sampling.
+            request: As `sample` takes it: classes, steps, ...
+
+        Raises:
+            UsageError: Something is out of range, unknown, or would have no effect.
+        """
+        check_task(self.card, "interpolate", masked=False)
+        return self.on_the_way(first, second, shares(n), callback, **request)
+
+    def on_the_way(
+        self,
+        first: int,
+        second: int,
+        places: Sequence[float],
+        callback: Callable[[Progress], None] | None = None,
+        **request: Any,
+    ) -> "Samples":
+        """Draw a sample for each share of the way between those of two seeds."""
+        plan = self.plan(len(places), seed=[first] * len(places), **request)
+        x, _ = execute(self.denoiser, plan, callback, self.conditioner, None, Between(plan.seeds, second, places))
+        labels = None if plan.labels is None else torch.tensor(plan.labels)
+        record = self.record(plan) | {"between": [[first, second, place] for place in places]}
+        return Samples(x.clamp(-1, 1), torch.tensor(plan.seeds), labels, record)
+
+    def original(
+        self, image: Picture, mask: Picture | None = None, task: str | None = None, factor: int | None = None
+    ) -> Original:
+        """Return a picture, its mask and what is done with it as this model takes them."""
         if self.card.kind != "image":
             raise UsageError(f"this is a model of {self.card.kind}; it edits no pictures")
         channels = 3 if self.codec else self.card.shape[0]
         found = read_original(image, mask, channels)
         if self.fills and found.mask is None:
             raise UsageError("this model was trained to fill in; give a mask, white where it is to draw")
-        return found
+        if factor is not None and task != "super-resolution":
+            raise UsageError(f"factor is {factor}, which has no effect but on task super-resolution; leave it out")
+        if task is None:
+            return found
+        if task == "interpolate":
+            raise UsageError("task interpolate is between two samples, by their seeds: Model.interpolate")
+        check_task(self.card, task, found.mask is not None)
+        times = factor_of(found.size, self.card, factor) if task == "super-resolution" else 1
+        return replace(found, task=task, factor=times)
 
     @property
     def fills(self) -> bool:
@@ -294,6 +347,8 @@ class Model:
         if "size" in request and request["size"] is not None:
             raise UsageError("size has no effect here: an edit has the size of its picture")
         request["size"] = padded_size(original.size, self.codec.factor if self.codec else 1)
+        if original.task is not None:
+            request = request | {name: usual for name, usual in ROUNDS.items() if request.get(name) is None}
         return self.plan(n, **request)
 
     def execute(
@@ -339,6 +394,7 @@ class Model:
             "negatives": None if plan.negatives is None else list(plan.negatives),
             **plan.settings(),
             "edit": None,
+            "between": None,
             "device": self.device.type,
             "threads": torch.get_num_threads(),
             "torch": str(torch.__version__),
@@ -407,6 +463,7 @@ class Samples:
         """Return all that it takes to make sample i again, alone."""
         each = ("classes", "prompts", "negatives")
         own = {name: [found[i]] if (found := self.record[name]) else None for name in each}
+        own["between"] = found[i] if (found := self.record["between"]) else None
         return self.record | own | {"n": 1, "seeds": [int(self.seeds[i])]}
 
     def pil(self) -> list[Image.Image]:

@@ -55,6 +55,7 @@ Prompt = Annotated[str, Field(max_length=MAX_PROMPT)]
 
 
 Time = Annotated[float, Field(ge=0, le=1)]
+Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 
 
 class ModelRecord(Part):
@@ -88,6 +89,8 @@ class EditRecord(Part):
     image_sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
     mask: Annotated[str, Field(max_length=4096)] | None = None
     mask_sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None
+    task: Name | None = None
+    factor: Annotated[int, Field(ge=1, le=MAX_SIDE)] = 1
 
 
 class Record(Part):
@@ -97,7 +100,7 @@ class Record(Part):
     model: ModelRecord
     data: DataName | None
     n: Annotated[int, Field(ge=1)]
-    seeds: tuple[Annotated[int, Field(ge=0, le=MAX_SEED)], ...]
+    seeds: tuple[Seed, ...]
     classes: tuple[Name | None, ...] | None
     prompts: tuple[Prompt, ...] | None = None
     negatives: tuple[Prompt, ...] | None = None
@@ -117,6 +120,7 @@ class Record(Part):
     size: tuple[Annotated[int, Field(ge=1, le=MAX_SIDE)], Annotated[int, Field(ge=1, le=MAX_SIDE)]] | None = None
     strength: Annotated[float, Field(gt=0, le=1)] | None = None
     edit: EditRecord | None = None
+    between: tuple[Seed, Seed, Time] | None = None
     loras: tuple[LoraRecord, ...] = ()
     dtype: Name
     exact: bool
@@ -389,18 +393,72 @@ def remade(
     Raises:
         UsageError: The picture is not where it was, or is another.
     """
+    if record.between is not None:
+        first, second, place = record.between
+        how = {name: value for name, value in request(record).items() if name != "seed"}
+        return model.on_the_way(first, second, [place], callback, **how, bad=bad)
     if record.edit is None:
         return model.sample(1, **request(record), bad=bad, callback=callback)
     if record.edit.image is None or (
         record.edit.mask_sha256 and record.edit.mask is None and record.edit.image is None
     ):
         raise UsageError(f"{path} was edited from a picture that came from no file, so it can't be made again")
-    original = model.original(record.edit.image, record.edit.mask)
+    factor = record.edit.factor if record.edit.factor > 1 else None
+    original = model.original(record.edit.image, record.edit.mask, record.edit.task, factor)
     if original.record() != record.edit.model_dump():
         raise UsageError(f"{record.edit.image}, or its mask, is not what {path} was edited from: its pixels differ")
     asked = request(record) | {"size": None, "bad": bad}
     plan = model.plan_edit(original, 1, strength=record.strength, **asked)
     return model.execute(plan, callback, original)
+
+
+def interpolated(
+    model: Model,
+    first: Path | str,
+    second: Path | str,
+    n: int,
+    *,
+    callback: Callable[[Progress], None] | None = None,
+    **changes: Any,
+) -> Samples:
+    """Draw n samples on the way between two that a model drew, by their pictures' records.
+
+    Arguments:
+        model: The consistency model that drew both.
+        first: A PNG that reverie wrote.
+        second: Another, drawn in the same way: they differ by their seeds.
+        n: How many, both ends among them.
+        callback: Called after every step.
+        changes: What is to be otherwise than in the records, as `Model.sample` takes it; None is nothing.
+
+    Raises:
+        UsageError: They are not two samples of this model in the same way, or it is no consistency model.
+        DataError: A picture has no record of reverie's.
+    """
+    one, other = (sample_record(path, model) for path in (first, second))
+    ways = [{name: value for name, value in request(record).items() if name != "seed"} for record in (one, other)]
+    if differ := [name for name, value in ways[0].items() if ways[1].get(name, value) != value]:
+        raise UsageError(f"{first} and {second} were drawn in other ways ({', '.join(differ)}); draw both alike")
+    how = ways[0] | {name: value for name, value in changes.items() if value is not None}
+    return model.interpolate(one.seeds[0], other.seeds[0], n, callback=callback, **how)
+
+
+def sample_record(path: Path | str, model: Model) -> Record:
+    """Return the record of a picture that a model drew from noise.
+
+    Raises:
+        UsageError: It is an edit, or another model's.
+        DataError: It has none.
+    """
+    texts, _ = read_chunks(path)
+    if OWN not in texts:
+        raise DataError(f"{path} holds no record of reverie's (the text chunk {OWN!r}): its noise is not known")
+    record = parse_record(texts[OWN], path)
+    if record.edit is not None or record.between is not None or len(record.seeds) != 1:
+        raise UsageError(f"{path} is not one sample from noise; interpolate between two that reverie sample drew")
+    if record.model.sha256 != model.digest:
+        raise UsageError(f"{path} was drawn by another model (sha256 {record.model.sha256[:10]}...); take that one")
+    return record
 
 
 def request(record: Record) -> dict[str, Any]:

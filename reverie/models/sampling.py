@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from reverie.base.randomness import Noise
 from reverie.diffusion.denoisers import Clipped, Denoiser, FixedBatch, NetworkDenoiser, Thresholded
 from reverie.diffusion.guidance.known import Known
+from reverie.diffusion.guidance.zero_shot import Known as Measured
 from reverie.diffusion.predictions import per_sample
 from reverie.diffusion.samplers.base import State, run, start
 from reverie.models.conditioning import Conditioner, Told, bound, guided, same_length, told
@@ -74,6 +75,7 @@ def execute(
     conditioner: Conditioner | None = None,
     given: Given | None = None,
     beside: int = 0,
+    noise: Noise | None = None,
 ) -> tuple[Float[Tensor, "n ..."], tuple[Intermediate, ...]]:
     """Carry out a plan.
 
@@ -84,6 +86,7 @@ def execute(
         conditioner: What reads prompts, where the model takes any.
         given: What the samples start from; None for noise.
         beside: The bytes that the network and the codec take beside their weights.
+        noise: That of all samples; None for that of their seeds.
 
     Returns:
         The samples (n, *D), float32 on the CPU, and the intermediates that the plan keeps.
@@ -97,14 +100,14 @@ def execute(
     lower = "n, the batch size, the size of the picture, or the number of intermediates"
     cpu = torch.device("cpu")
     check_memory(memory_needed(plan) + (beside if device.type == "cpu" else 0), cpu, what, lower)
-    results, kept = [], []
+    results, kept, noise = [], [], Noise(plan.seeds) if noise is None else noise
     networks = [one.network for one in (denoiser, plan.guiding.bad and plan.guiding.bad.denoiser) if one]
     with memory_errors(what, lower), evaluating(*networks):
         batches = same_length(plan, conditioner)
         for batch, rows in enumerate(batches):
             watch = watcher(plan, batch, len(batches), callback)
             ready = prepared(denoiser, plan, rows, device, conditioner, given)
-            x, passed = draw(ready, plan, [plan.seeds[i] for i in rows], device, watch, given)
+            x, passed = draw(ready, plan, noise.rows(list(rows)), device, watch, given)
             results.append(x)
             kept.append(passed)
         return torch.cat(results), tuple(joined(parts) for parts in zip(*kept, strict=True))
@@ -159,6 +162,8 @@ def prepared(
         core = Thresholded(core, plan.threshold, plan.clip)
     elif plan.clip is not None:
         core = Clipped(core, plan.clip)
+    if given is not None and given.known is not None:
+        return Measured(core, given.known.measurement, given.known.y.to(device))
     if given is None or given.mask is None or given.beside is not None:
         return core
     return Known(core, given.x0.to(device), given.mask.to(device))
@@ -196,14 +201,13 @@ def with_beside(said: Told | None, beside: Float[Tensor, "b k h w"]) -> Told:
 def draw(
     denoiser: Denoiser,
     plan: SamplingPlan,
-    seeds: Sequence[int],
+    noise: Noise,
     device: torch.device,
     watch: Callable[[int, State], None] | None,
     given: Given | None = None,
 ) -> tuple[Tensor, list[Intermediate]]:
-    """Return the samples (B, *D) of some seeds, on the CPU, and where they were on the way."""
-    noise = Noise(seeds)
-    grid = plan.grid.expand(len(seeds), -1)
+    """Return the samples (B, *D) of some noise, on the CPU, and where they were on the way."""
+    grid = plan.grid.expand(len(noise.seeds), -1)
     first = start(plan.sampler, denoiser.schedule, plan.shape, grid[:, 0], noise, device)
     if given is not None:
         first = plan.sampler.init(noised(denoiser, given.x0.to(device), grid[:, 0], noise), grid[:, 0])

@@ -207,10 +207,10 @@ class TrainConfig(RunConfig):
             yield f"target_decay has no effect on objective {self.objective}; it is for {', '.join(AVERAGED)}"
         if self.student_steps is not None and self.objective != "progressive":
             yield f"student_steps has no effect on objective {self.objective}; it is for progressive"
-        if self.objective == "mean-flow" and (self.schedule, self.prediction) != ("flow", "velocity"):
+        if self.objective == "mean-flow" and not self.teacher and (self.schedule, self.prediction) != FLOWING:
             yield "objective mean-flow is of velocities on the flow schedule: --schedule flow --prediction velocity"
-        if self.objective == "mean-flow" and (self.teacher or self.captions):
-            yield "objective mean-flow takes no teacher and no captions; leave them out"
+        if self.objective == "mean-flow" and self.captions:
+            yield "objective mean-flow takes no captions; leave them out"
         if self.objective in SLOPED and self.compile:
             yield f"objective {self.objective} takes slopes in forward mode, which compile does not; leave it out"
         if self.objective == "mean-flow" and self.network == "edm2":
@@ -246,6 +246,7 @@ AVERAGED = ("consistency", "easy-consistency", "latent-consistency")
 CURRICULUM = (*AVERAGED, "continuous-consistency")
 FEW_STEPS = (*CURRICULUM, "mean-flow", "reflow", "progressive")
 SLOPED = ("continuous-consistency", "mean-flow")
+FLOWING = ("flow", "velocity")
 TAUGHT = ("easy-consistency", "reflow", "progressive", "latent-consistency")
 IDLE = ("distance", "weight", "uncertainty", "validate_every", "sample_steps")
 TEACHERS = (

@@ -23,7 +23,7 @@ from reverie.models.card import Card, DataRecord, NetworkSpec, SamplingDefaults
 from reverie.models.load import load
 from reverie.models.model import Model
 from reverie.networks.numbered import Numbered
-from reverie.training.config import CURRICULUM, TrainConfig
+from reverie.training.config import CURRICULUM, FLOWING, TrainConfig
 from reverie.training.ema import EMA
 
 RATE = 3e-4  # Adam's step size for a network that was trained before
@@ -74,6 +74,10 @@ def student_card(config: TrainConfig, dataset: Dataset, teacher: Model, data: Da
         if not card.classes or not card.unconditional or network.name != "unet":
             raise UsageError(f"the teacher {config.teacher} is no U-Net that was trained for guidance to classes")
         network = NetworkSpec(name="numbered", config={"numbers": ["guidance"], "unet": network.config})
+    if config.objective == "mean-flow":
+        if network.name != "unet" or (card.schedule.name, card.prediction) != FLOWING:
+            raise UsageError(f"the teacher {config.teacher} is no U-Net of velocities on the flow schedule")
+        network = NetworkSpec(name="numbered", config={"numbers": ["span"], "unet": network.config})
     changes = {"network": network, "data": data, "training": None, "code": code, "teacher": teacher.digest}
     sampling = SAMPLING[config.objective]
     if config.student_steps is not None:

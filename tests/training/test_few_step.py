@@ -148,7 +148,10 @@ def test_objectives_and_times_by_name(teacher):
         ({"objective": "consistency", "minutes": 1.0}, "needs steps"),
         ({"objective": "consistency", "prediction": "x0"}, "no boundary"),
         ({"objective": "mean-flow"}, "--schedule flow --prediction velocity"),
-        ({"objective": "mean-flow", "schedule": "flow", "prediction": "velocity", "teacher": "t"}, "takes no teacher"),
+        (
+            {"objective": "mean-flow", "schedule": "flow", "prediction": "velocity", "captions": True},
+            "takes no captions",
+        ),
         ({"objective": "reflow", "teacher": "t", "target_decay": 0.5}, "target_decay has no effect"),
         ({"objective": "reflow", "teacher": "t", "student_steps": 4}, "student_steps has no effect"),
         ({"objective": "consistency", "learned_variance": True}, "says nothing of the variance"),
@@ -173,6 +176,20 @@ def test_mean_flow_goes_on_in_more_steps_guided_and_other_models_refuse_it(tmp_p
     assert model.sample(2, sampler="heun", steps=2).images.isfinite().all()  # without a span it is a velocity
     with pytest.raises(UsageError, match="trained by objective mean-flow"):
         load(teacher).plan(1, sampler="mean-flow")
+
+
+def test_a_mean_flow_student_begins_as_a_flow(tmp_path, teacher):
+    go(tmp_path / "flow", steps=3, schedule="flow", prediction="velocity", **QUICK, **SMALL)
+    settings = {"objective": "mean-flow", "teacher": str(tmp_path / "flow"), "steps": 2, **QUICK}
+    run = Run(TrainConfig(out=str(tmp_path / "run"), **settings), False, Console(io.StringIO()))
+    x, time, label = torch.randn(3, 1, 8, 8), torch.tensor([5.0, 300.0, 999.0]), torch.tensor([1, 2, 10])
+    due = run.teacher.denoiser.network(x, time, label=label)
+    span = torch.tensor([0.0, 0.2, 0.9])
+    torch.testing.assert_close(run.network(x, time, label=label, span=span), due, rtol=1e-4, atol=1e-5)
+    go(tmp_path / "run", **settings)
+    assert load(tmp_path / "run").plan(1).sampler_name == "mean-flow"
+    with pytest.raises(UsageError, match="no U-Net of velocities on the flow schedule"):
+        go(tmp_path / "other", **(settings | {"teacher": teacher}))
 
 
 def test_a_latent_consistency_student_begins_as_its_teacher_and_is_told_the_guidance(tmp_path, teacher):
