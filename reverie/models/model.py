@@ -311,7 +311,9 @@ class Model:
     ) -> "Samples":
         """Draw a sample for each share of the way between those of two seeds."""
         plan = self.plan(len(places), seed=[first] * len(places), **request)
-        x, _ = execute(self.denoiser, plan, callback, self.conditioner, None, Between(plan.seeds, second, places))
+        beside = working_bytes(self.denoiser.network, self.codec, plan)
+        noise = Between(plan.seeds, second, places)
+        x, _ = execute(self.denoiser, plan, callback, self.conditioner, None, beside, noise)
         labels = None if plan.labels is None else torch.tensor(plan.labels)
         record = self.record(plan) | {"between": [[first, second, place] for place in places]}
         return Samples(x.clamp(-1, 1), torch.tensor(plan.seeds), labels, record)
