@@ -21,11 +21,10 @@ from report import machine, table, versions
 
 import reverie as rv
 from reverie.data import open_dataset
-from reverie.data.batches import split
+from reverie.data.batches import run_split
 from reverie.evaluation.alignment import ImageText, retrieval, train_image_text
 from reverie.models.pictures import grid_picture
 from reverie.training.setup import read_config
-from reverie.training.trainer import MAX_HELD_OUT
 
 PACKAGES = ("reverie", "torch")
 
@@ -46,7 +45,7 @@ def main() -> None:
     config, model, began = read_config(Path(options.run)), rv.load(options.run), time.perf_counter()
     data = open_dataset(options.data, size=(model.codec.factor if model.codec else 1) * model.card.shape[1])
     captions = [data.caption(i) or "" for i in range(len(data))]
-    seen, unseen = split(len(data), min(config.held_out, MAX_HELD_OUT / len(data)), config.seed)
+    seen, unseen = run_split(len(data), config.held_out, config.seed)
     pair = train_image_text(data.images(seen), [captions[i] for i in seen], options.seed, options.epochs)
     print(f"encoders: {time.perf_counter() - began:.0f} s", file=sys.stderr)
     pool = [captions[i] for i in unseen]

@@ -34,13 +34,12 @@ from torch import Tensor
 import reverie as rv
 from reverie.base.errors import ReverieError
 from reverie.base.randomness import Noise
-from reverie.data.batches import split
+from reverie.data.batches import run_split, split
 from reverie.data.dataset import Dataset
 from reverie.diffusion.dequantisation import Logistic, train_dequantiser
 from reverie.diffusion.flow_likelihood import Likelihood, discrete_log_likelihood, log_likelihood
 from reverie.diffusion.likelihood import bound
 from reverie.training.config import TrainConfig
-from reverie.training.trainer import MAX_HELD_OUT
 
 
 @dataclass(frozen=True)
@@ -67,8 +66,7 @@ def choose(dataset: Dataset, model: rv.Model, n: int) -> tuple[list[int], list[i
     if record is None or data is None or data.fingerprint != dataset.fingerprint:
         train, test = split(len(dataset), min(n, len(dataset) // 2), 0)
         return test, train, False
-    share = min(TrainConfig(**record.config).held_out, MAX_HELD_OUT / len(dataset))
-    train, test = split(len(dataset), share, record.seed)
+    train, test = run_split(len(dataset), TrainConfig(**record.config).held_out, record.seed)
     return (test[:n], train, True) if test else (everything[:n], everything[n:], False)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 _PLACES = {
-    "reverie.api": ("again", "load", "sample", "save", "train", "tune"),
+    "reverie.api": ("again", "evaluate", "load", "sample", "save", "train", "tune"),
     "reverie.base.errors": (
         "DataError", "ModelFileError", "NonFiniteError", "OutOfMemoryError", "ReverieError", "Stopped", "StorageError",
         "UsageError",

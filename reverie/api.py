@@ -15,6 +15,9 @@ from pydantic import ValidationError
 
 from reverie.base.errors import UsageError
 from reverie.base.registry import nearest
+from reverie.data import open_dataset
+from reverie.data.dataset import Dataset
+from reverie.evaluation.figures import Evaluation
 from reverie.models.card import sentence
 from reverie.models.formats import write_model
 from reverie.models.load import load
@@ -23,7 +26,7 @@ from reverie.models.provenance import again
 
 LOADED = ("device", "ema", "speed", "weights")  # what of a request is for `load`
 
-__all__ = ["again", "load", "sample", "save", "train", "tune"]
+__all__ = ["again", "evaluate", "load", "sample", "save", "train", "tune"]
 
 
 def sample(model: Model | Path | str, n: int = 1, **options: Any) -> Samples:
@@ -44,6 +47,40 @@ def sample(model: Model | Path | str, n: int = 1, **options: Any) -> Samples:
     if not isinstance(model, Model):
         model = load(model, **{name: options.pop(name) for name in LOADED if name in options})
     return model.sample(n, **options)
+
+
+def evaluate(subject: Model | Path | str, against: Dataset | Path | str, **options: Any) -> Evaluation:
+    """Measure a model, or a folder of pictures, beside real images.
+
+    Arguments:
+        subject: A model, the path of one, or of pictures.
+        against: The real images: a data set, or what `train` takes as data.
+        options: As `reverie.evaluation.evaluate.evaluate` takes them: metrics, n, features, seed, ...; and how to
+            sample a model, as `Model.sample` does; device, ema, speed and weights, where a path is given, as `load`
+            does.
+
+    Raises:
+        UsageError: Something does not go together, or would have no effect.
+        DataError: The images can't be read.
+        ModelFileError: The path holds a damaged model.
+        NonFiniteError: The model gave NaN or infinity.
+
+    Example:
+        found = rv.evaluate("runs/digits", "digits", n=500, metrics=["frechet"], steps=20)
+        print(found.figures["frechet"].value, found.to_text())
+    """
+    from reverie.evaluation.evaluate import evaluate as measure
+    from reverie.evaluation.subjects import open_against, open_subject
+
+    how = {name: options.pop(name) for name in LOADED if name in options and not isinstance(subject, Model)}
+    found = subject if isinstance(subject, Model) else open_subject(str(subject), **how)
+    real = against if isinstance(against, Dataset) else open_against(str(against), found, options.get("size"))
+    if not isinstance(found, Model):
+        options.pop("size", None)
+    for name in ("features_from", "held_out"):
+        if isinstance(options.get(name), str | Path):
+            options[name] = open_dataset(options[name], channels=real.shape[0], size=real.shape[1:])
+    return measure(found, real, **options)
 
 
 def save(model: Model, path: Path | str, kind: str | None = None, overwrite: bool = False) -> Path:

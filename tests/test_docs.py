@@ -16,6 +16,7 @@ import reverie as rv
 from reverie.base import errors
 from reverie.cli.data import DataSettings
 from reverie.cli.ema import EmaSettings
+from reverie.cli.evaluate import EvaluateSettings
 from reverie.cli.main import COMMANDS, cli
 from reverie.cli.options import settle
 from reverie.cli.sample import SampleSettings
@@ -28,7 +29,7 @@ HANDBOOK = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *HANDBOOK]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SETTINGS = {"train": TrainConfig, "sample": SampleSettings, "data": DataSettings, "tune": TuneSettings}
-SETTINGS |= {"ema": EmaSettings}
+SETTINGS |= {"ema": EmaSettings, "evaluate": EvaluateSettings}
 TINY = {"preset": "tiny", "steps": 2, "batch_size": 8, "sample_every": 0, "validate_every": 0}
 
 

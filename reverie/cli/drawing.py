@@ -26,6 +26,7 @@ from reverie.training.metrics import Console
 
 if TYPE_CHECKING:
     from reverie.cli.edit import EditSettings
+    from reverie.cli.evaluate import EvaluateSettings
     from reverie.cli.sample import SampleSettings
 
 SHEET = 144  # pictures on a contact sheet, at most
@@ -57,7 +58,7 @@ RECORDED = (
 Tick = Callable[[Progress, int], None]
 
 
-def opened(settings: "SampleSettings | EditSettings", path: str, **how: Any) -> Model:
+def opened(settings: "SampleSettings | EditSettings | EvaluateSettings", path: str, **how: Any) -> Model:
     """Return the model, with the LoRAs and new words that were asked for."""
     model = load(
         path, device=settings.device, ema=settings.ema, vocabulary=settings.vocabulary, loras=weighed(settings.lora),
@@ -128,32 +129,10 @@ class Job:
 
     def planned(self, seeds: Sequence[int], intermediates: int = 0) -> SamplingPlan:
         """Return the plan for some of the seeds."""
-        ask = self.settings
-        options = named_options(ask.set_)
-        options |= {name: value for name in ("eta", "variance") if (value := getattr(ask, name)) is not None}
         return self.model.plan(
-            len(seeds),
-            seed=list(seeds),
-            classes=self.classes_of(seeds),
-            prompt=ask.prompt,
-            negative_prompt=ask.negative_prompt,
-            sampler=ask.sampler,
-            steps=ask.steps,
-            grid=list(ask.times) if ask.times else ask.grid,
-            guidance=ask.guidance,
-            guidance_interval=ask.guidance_interval,
-            guidance_rescale=ask.guidance_rescale,
-            perturbed=ask.perturbed,
-            auto_guidance=ask.auto_guidance,
-            bad=self.bad,
-            clip=ask.clip,
-            threshold=ask.threshold,
-            size=sides(ask.size),
-            batch_size=ask.batch_size,
-            cache_every=ask.cache_every,
-            intermediates=intermediates,
-            **options,
-        )
+            len(seeds), seed=list(seeds), classes=self.classes_of(seeds), intermediates=intermediates,
+            **asked(self.settings, self.bad),
+        )  # fmt: skip
 
     def classes_of(self, seeds: Sequence[int]) -> list[str] | None:
         """Return the class of each of some seeds: so many of the first, then of the second."""
@@ -239,6 +218,20 @@ class Job:
         labels = [samples.class_of(i) or "" for samples in self.kept for i in range(len(samples))][:SHEET]
         columns = self.each if len(self.classes) > 1 and self.each <= 16 else None
         return images, columns, labels if self.classes else None
+
+
+def asked(ask: "SampleSettings | EvaluateSettings", bad: Model | None) -> dict[str, Any]:
+    """Return what was asked for of a model's samples beside how many, seeds and classes, as `Model.plan` takes it."""
+    same = (
+        "prompt", "negative_prompt", "sampler", "steps", "guidance", "guidance_interval", "guidance_rescale",
+        "perturbed", "auto_guidance", "clip", "threshold", "batch_size", "cache_every",
+    )  # fmt: skip
+    options = named_options(ask.set_)
+    options |= {name: value for name in ("eta", "variance") if (value := getattr(ask, name)) is not None}
+    grid = list(ask.times) if ask.times else ask.grid
+    return {name: getattr(ask, name) for name in same} | options | {
+        "grid": grid, "bad": bad, "size": sides(ask.size),
+    }  # fmt: skip
 
 
 def sides(text: str | None) -> tuple[int, int] | None:

@@ -30,6 +30,7 @@ COMMANDS = {
     "codec": "Train an autoencoder, for diffusion in its latents.",
     "sample": "Make images with a model.",
     "edit": "Draw a picture anew, the whole of it or a part.",
+    "evaluate": "Measure a model, or pictures, beside real images.",
     "ema": "Average a run's weights over any length.",
     "tune": "Fit a solver to a model, for few evaluations.",
     "data": "Report on a data set, before training on it.",

@@ -29,8 +29,8 @@ def named(registry: Registry, *others: str) -> Callable[[str | None], str | None
     return check
 
 
-class SampleSettings(BaseModel):
-    """What `reverie sample` is told; None means: as the model's card says."""
+class What(BaseModel):
+    """What is to be drawn; None means: as the model's card says."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -44,7 +44,10 @@ class SampleSettings(BaseModel):
     embedding: tuple[str, ...] = setting("what", (), "files of new words for prompts (textual inversion)")
     clip_skip: int = setting("what", 0, "last layers of CLIP's text encoder that are left out", ge=0, le=64)
     vocabulary: str | None = setting("what", None, "CLIP's vocabulary, for a file of Stable Diffusion that has none")
-    again: str | None = setting("what", None, "a PNG of reverie's: make that picture again")
+
+
+class How(BaseModel):
+    """How it is to be drawn; None means: as the model's card says."""
 
     sampler: Annotated[str | None, AfterValidator(named(samplers, "auto"))] = setting(
         "how", None, "sampler: auto, which tune fits to the model; or " + ", ".join(samplers)
@@ -73,9 +76,30 @@ class SampleSettings(BaseModel):
     clip: bool | None = setting("how", None, "keep the estimate of the image within its range")
     threshold: float | None = setting("how", None, "dynamic thresholding at this quantile", gt=0, le=1)
 
+    @model_validator(mode="after")
+    def check_how(self) -> "How":
+        """Refuse what does not go together."""
+        if self.size is not None and not re.fullmatch(r"\d{1,6}(x\d{1,6})?", self.size):
+            raise ValueError(f"size is {self.size!r}; it must be one number, or width x height, as 768x512")
+        if self.guidance_interval is not None and len(self.guidance_interval) != 2:
+            raise ValueError(f"guidance_interval is {self.guidance_interval[0]:g}; it must be two times, as 0.2,0.8")
+        if (self.bad is None) != (self.auto_guidance is None):
+            raise ValueError("autoguidance needs both: --bad MODEL and --auto-guidance X; give the other, or neither")
+        if self.times is not None and self.grid is not None:
+            raise ValueError("--times is a grid by itself; leave out --grid")
+        return self
+
+
+class Where(BaseModel):
+    """Where the pictures go."""
+
     out: str = setting("where to", "outputs", "folder for the pictures; nothing in it is overwritten")
     grid_picture: bool = setting("where to", True, "write all on one sheet too")
     animate: bool = setting("where to", False, "write the denoising as an animation too")
+
+
+class Machine(BaseModel):
+    """What computes, and how."""
 
     batch_size: int | None = setting("machine", None, "images at a time: memory against speed", ge=1, le=1_000_000)
     speed: Literal["exact", "fast"] = setting(
@@ -92,17 +116,15 @@ class SampleSettings(BaseModel):
     threads: int | None = setting("machine", None, "threads that compute; torch's own number", ge=1, le=1024)
     ema: str | None = setting("machine", None, "which averaged weights of a run, such as 0.999; none for the others")
 
+
+class SampleSettings(Machine, Where, How, What):  # the help lists the last base's first
+    """What `reverie sample` is told."""
+
+    again: str | None = setting("what", None, "a PNG of reverie's: make that picture again")
+
     @model_validator(mode="after")
     def check(self) -> "SampleSettings":
-        """Refuse what does not go together."""
-        if self.size is not None and not re.fullmatch(r"\d{1,6}(x\d{1,6})?", self.size):
-            raise ValueError(f"size is {self.size!r}; it must be one number, or width x height, as 768x512")
-        if self.guidance_interval is not None and len(self.guidance_interval) != 2:
-            raise ValueError(f"guidance_interval is {self.guidance_interval[0]:g}; it must be two times, as 0.2,0.8")
-        if (self.bad is None) != (self.auto_guidance is None):
-            raise ValueError("autoguidance needs both: --bad MODEL and --auto-guidance X; give the other, or neither")
-        if self.times is not None and self.grid is not None:
-            raise ValueError("--times is a grid by itself; leave out --grid")
+        """Refuse what has no effect on a picture that is made again."""
         beside = sorted(self.model_fields_set - {"again", "out", "device"})
         if self.again is not None and beside:
             words = ", ".join(flag(name) for name in beside)

@@ -25,6 +25,8 @@ from reverie.base.errors import DataError, UsageError
 from reverie.base.randomness import generator
 from reverie.data.dataset import Dataset
 
+MAX_HELD_OUT = 500  # images that a run holds out
+
 
 class Batch(NamedTuple):
     """What a step trains on.
@@ -68,6 +70,11 @@ def split(count: int, held_out: float | int, seed: int) -> tuple[list[int], list
         raise UsageError(f"held_out is {held_out}; of {count} samples it must leave one at least to train on")
     order = generator(seed, "split").permutation(count).tolist()
     return sorted(order[wanted:]), sorted(order[:wanted])
+
+
+def run_split(count: int, held_out: float, seed: int) -> tuple[list[int], list[int]]:
+    """Return which samples a run trains on and which it holds out: that share of them, `MAX_HELD_OUT` at most."""
+    return split(count, min(held_out, MAX_HELD_OUT / count), seed)
 
 
 class Batches:

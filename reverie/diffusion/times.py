@@ -22,7 +22,9 @@ from torch import Tensor
 from reverie.base.errors import ModelFileError, UsageError
 from reverie.base.randomness import generator
 from reverie.diffusion.denoisers import Times
-from reverie.diffusion.schedules import Schedule, Table
+from reverie.diffusion.schedules import EDM, Schedule, Table
+
+LEVELS = 10  # noise levels at which a loss is looked at
 
 
 class Draw(NamedTuple):
@@ -185,3 +187,17 @@ class ImportanceTimes(TimeSampler):
                 "the checkpoint's importance sampler is of another shape; keep bins and history as they were"
             )
         self.losses, self.counts = state["losses"].clone(), state["counts"].clone()
+
+
+# Fixed times -------------------------------------------------------------------------------------
+
+
+def level_times(schedule: Schedule, levels: int = LEVELS) -> Float[Tensor, " n"]:
+    """Return the middle of each of `levels` equal parts of time (levels,), on a table its nearest entry.
+
+    On EDM's schedule the parts are equal in probability under its own distribution of training times.
+    """
+    t = (torch.arange(levels, dtype=torch.float64) + 0.5) / levels
+    if isinstance(schedule, EDM):  # whose t is the noise level: most of it is noise alone; these are where it trains
+        return LogNormalTimes(schedule).at(t)
+    return schedule.time_of_timestep(schedule.timestep(t).round()) if isinstance(schedule, Table) else t

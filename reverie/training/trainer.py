@@ -22,7 +22,7 @@ import reverie
 from reverie.base.errors import ModelFileError, StorageError, UsageError
 from reverie.base.storage import write_file
 from reverie.data import open_dataset
-from reverie.data.batches import Batch, Batches, split
+from reverie.data.batches import Batch, Batches, run_split
 from reverie.data.dataset import Dataset
 from reverie.diffusion.denoisers import NetworkDenoiser
 from reverie.models.builders import build, build_prediction, build_schedule
@@ -50,7 +50,6 @@ from reverie.training.start import read_start, start_with
 from reverie.training.update import Examples, StepReport, Update, draw_examples, on_device, seeded
 from reverie.training.validation import held_out_loss
 
-MAX_HELD_OUT = 500
 MAX_FILLED = 16  # pictures that are filled in for a preview, each by itself
 
 
@@ -171,10 +170,9 @@ class Run(BaseRun):
     def make_training(self) -> None:
         """Make what trains it."""
         config, plan = self.config, self.plan
-        share = min(config.held_out, MAX_HELD_OUT / len(self.dataset))
         for tracker in config.track:
             imported(tracker)  # refused now, before anything is made
-        self.train_indices, self.held_out = split(len(self.dataset), share, config.seed)
+        self.train_indices, self.held_out = run_split(len(self.dataset), config.held_out, config.seed)
         self.emas = make_averages(config, self.network)
         optimizer = AdamW(
             [p for p in self.network.parameters() if p.requires_grad], lr=plan.learning_rate, betas=(0.9, config.beta2),

@@ -10,24 +10,10 @@ from reverie.base.randomness import normals
 from reverie.data.dataset import Dataset
 from reverie.diffusion.denoisers import Denoiser
 from reverie.diffusion.objectives import Simple
-from reverie.diffusion.schedules import EDM, Schedule, Table
-from reverie.diffusion.times import LogNormalTimes
+from reverie.diffusion.times import level_times
 from reverie.models.conditioning import Told
 from reverie.training.masks import beside
 from reverie.training.update import to_unit
-
-LEVELS = 10
-
-
-def level_times(schedule: Schedule, levels: int = LEVELS) -> Float[Tensor, " n"]:
-    """Return the middle of each of `levels` equal parts of time (levels,), on a table its nearest entry.
-
-    On EDM's schedule the parts are equal in probability under its own distribution of training times.
-    """
-    t = (torch.arange(levels, dtype=torch.float64) + 0.5) / levels
-    if isinstance(schedule, EDM):  # whose t is the noise level: most of it is noise alone; these are where it trains
-        return LogNormalTimes(schedule).at(t)
-    return schedule.time_of_timestep(schedule.timestep(t).round()) if isinstance(schedule, Table) else t
 
 
 @torch.no_grad()
