@@ -1,9 +1,12 @@
 r"""A network that is told further numbers beside its time: how far a step goes, how strongly it is guided.
 
-    c = [sinusoids(1000 a), sinusoids(1000 b), ...],    out = N(x, time, time_cond = c),             (1)
+    c = [sinusoids(1000 k a), sinusoids(1000 k b), ...],    out = N(x, k time, time_cond = c),       (1)
 
 where N adds a projection of c to its features of the time, as latent consistency models have it. The projection
-begins at zero: put around a network that was trained without the numbers, it is that network at first.
+begins at zero: put around a network that was trained without the numbers, it is that network at first. k is 1, or
+`clock`: a network whose slope in time is taken must not change with the quickest of its sinusoids, whose argument
+goes through 1000 radians between t = 0 and 1. With k = 1/100 they are those of n / 2 .. n - 1 of before, and n / 2
+slower ones, so that `slowed` weights are the network that they were but for its quick features.
 
 References:
     Latent Consistency Models (Luo et al., 2023), section 4.2
@@ -40,6 +43,8 @@ class NumberedConfig(BaseModel):
     """What they are called."""
     features: Annotated[int, Field(ge=4, le=4096)] = 64
     """Sinusoids of each."""
+    clock: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """What times and numbers are multiplied by before their sinusoids are taken."""
     unet: UNetConfig | None = None
     """A U-Net inside,"""
     mlp: MLPConfig | None = None
@@ -134,5 +139,26 @@ class Numbered(nn.Module):
             torch.full_like(time, ABSENT[name], dtype=torch.float32) if value is None else value
             for name, value in zip(self.config.numbers, values, strict=True)
         ]
-        cond = torch.cat([self.features(1000 * value) for value in filled], 1)
-        return self.inner(x, time, time_cond=cond, **told)
+        clock = self.config.clock
+        cond = torch.cat([self.features(1000 * clock * value) for value in filled], 1)
+        return self.inner(x, clock * time if clock != 1 else time, time_cond=cond, **told)
+
+
+SLOW = 0.01  # the clock that moves sinusoids by half of their number
+
+
+def slowed(weight: Float[Tensor, "e n"]) -> Float[Tensor, "e n"]:
+    """Return the weights on sines and cosines (E, N) of a time for those of its hundredth: slow features stay.
+
+    Raises:
+        UsageError: N is not a multiple of 4.
+
+    Example:
+        >>> slowed(torch.tensor([[1.0, 2.0, 3.0, 4.0]]))
+        tensor([[2., 0., 4., 0.]])
+    """
+    if weight.shape[1] % 4:
+        raise UsageError(f"the network has {weight.shape[1]} features of the time; it takes a multiple of 4 of them")
+    first, second = weight.chunk(2, 1)
+    half = first.shape[1] // 2
+    return torch.cat([part for one in (first, second) for part in (one[:, half:], torch.zeros_like(one[:, half:]))], 1)

@@ -80,6 +80,9 @@ class TrainConfig(RunConfig):
     target_decay: float = option(
         "few steps", 0.0, "decay of the averaged network in a consistency target; 0 for none", ge=0, lt=1
     )
+    stages: int | None = option(
+        "few steps", None, "how often easy-consistency halves its gap; 8, fewer in a short run", ge=1, le=16
+    )
     student_steps: int | None = option(
         "few steps", None, "steps of progressive's student, whose teacher takes twice as many; 8", ge=1, le=50_000
     )
@@ -193,7 +196,7 @@ class TrainConfig(RunConfig):
     def without_effect(self) -> Any:
         """Yield what has no effect on an objective of few steps, or on any other, in words."""
         if self.objective not in FEW_STEPS:
-            for name in ("teacher", "target_decay", "student_steps"):
+            for name in ("teacher", "target_decay", "student_steps", "stages"):
                 if name in self.model_fields_set:
                     yield f"{name} has no effect on objective {self.objective}; it is for {', '.join(FEW_STEPS)}"
             return
@@ -207,6 +210,8 @@ class TrainConfig(RunConfig):
             yield f"target_decay has no effect on objective {self.objective}; it is for {', '.join(AVERAGED)}"
         if self.student_steps is not None and self.objective != "progressive":
             yield f"student_steps has no effect on objective {self.objective}; it is for progressive"
+        if self.stages is not None and self.objective != "easy-consistency":
+            yield f"stages has no effect on objective {self.objective}; it is for easy-consistency"
         if self.objective == "mean-flow" and not self.teacher and (self.schedule, self.prediction) != FLOWING:
             yield "objective mean-flow is of velocities on the flow schedule: --schedule flow --prediction velocity"
         if self.objective == "mean-flow" and self.captions:
@@ -268,5 +273,5 @@ FIXED = (
     "network", "time_mean", "time_std", "uncertainty", "ema_lengths",
     "patch", "attention", "head_dim", "dropout", "time_scale_shift", "schedule", "timesteps", "zero_snr", "prediction",
     "learned_variance", "objective", "distance", "weight", "times", "label_dropout", "batch_size", "accumulate", "ema",
-    "target_decay", "student_steps", "fill", "lora", "lora_alpha",
+    "target_decay", "student_steps", "stages", "fill", "lora", "lora_alpha",
 )  # fmt: skip

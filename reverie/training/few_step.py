@@ -22,13 +22,15 @@ from reverie.diffusion.times import LogNormalTimes, TimeSampler, UniformTimes
 from reverie.models.card import Card, DataRecord, NetworkSpec, SamplingDefaults
 from reverie.models.load import load
 from reverie.models.model import Model
-from reverie.networks.numbered import Numbered
+from reverie.networks.numbered import SLOW, Numbered, slowed
 from reverie.training.config import CURRICULUM, FLOWING, TrainConfig
 from reverie.training.ema import EMA
 
 RATE = 3e-4  # Adam's step size for a network that was trained before
 LEVELS = (-1.1, 2.0)  # mean and standard deviation of ln(sigma / alpha) in consistency training
 SPANS = (-0.4, 1.0)  # those of ln(t / (1 - t)) in MeanFlow
+CLOCKED = "time_embedding.linear_1.weight"  # on the sinusoids of the time
+STAGES = 8  # of easy consistency tuning
 STUDENT = 8  # steps of progressive's student
 WARM_UP = 4  # sCM's is that part of the run
 SAMPLING = {name: SamplingDefaults(sampler="consistency", grid="angle", steps=2) for name in CURRICULUM} | {
@@ -77,7 +79,7 @@ def student_card(config: TrainConfig, dataset: Dataset, teacher: Model, data: Da
     if config.objective == "mean-flow":
         if network.name != "unet" or (card.schedule.name, card.prediction) != FLOWING:
             raise UsageError(f"the teacher {config.teacher} is no U-Net of velocities on the flow schedule")
-        network = NetworkSpec(name="numbered", config={"numbers": ["span"], "unet": network.config})
+        network = NetworkSpec(name="numbered", config={"numbers": ["span"], "clock": SLOW, "unet": network.config})
     changes = {"network": network, "data": data, "training": None, "code": code, "teacher": teacher.digest}
     sampling = SAMPLING[config.objective]
     if config.student_steps is not None:
@@ -94,6 +96,8 @@ def start_from(network: nn.Module, teacher: Model) -> None:
     state = dict(teacher.denoiser.network.state_dict())
     if isinstance(network, Numbered):  # the weights of what its number does are at zero, and not the teacher's
         own = {name: value for name, value in network.inner.state_dict().items() if "cond_proj" in name}
+        if network.config.clock == SLOW:
+            own[CLOCKED] = slowed(state[CLOCKED])
         network, state = network.inner, state | own
     try:
         network.load_state_dict(state)
@@ -126,7 +130,7 @@ def make_few_step(config: TrainConfig, teacher: NetworkDenoiser | None, target: 
     """Return the objective of few steps that a configuration names."""
     steps = config.total_steps or 1
     if config.objective == "easy-consistency":
-        return EasyConsistency(steps, target=target)
+        return EasyConsistency(steps, stages=config.stages or STAGES, target=target)
     if config.objective == "continuous-consistency":
         return ContinuousConsistency(steps // WARM_UP, teacher)
     if config.objective == "mean-flow":

@@ -20,6 +20,7 @@ from reverie.models.model import Model
 from reverie.networks import networks
 from reverie.networks.dit import DiTConfig
 from reverie.networks.edm2 import RATES, SIZES
+from reverie.networks.numbered import SLOW
 from reverie.training.config import FEW_STEPS, TrainConfig
 from reverie.training.few_step import RATE, SAMPLING, student_card
 from reverie.training.start import start_card
@@ -241,7 +242,7 @@ def with_span(config: TrainConfig, spec: NetworkSpec) -> NetworkSpec:
     """Return the network, told how far a step goes where the objective is of such steps."""
     if config.objective != "mean-flow":
         return spec
-    return NetworkSpec(name="numbered", config={"numbers": ["span"], "unet": spec.config})
+    return NetworkSpec(name="numbered", config={"numbers": ["span"], "clock": SLOW, "unet": spec.config})
 
 
 def choose_preset(config: TrainConfig, device: torch.device) -> str:
