@@ -314,6 +314,7 @@ def edit(settings: "EditSettings", path: str, image: str) -> dict[str, Any]:
             samples = between(settings, model, image, how)
         else:
             here = {name: getattr(settings, name) for name in ("mask", "strength", "task", "factor")}
+            here["outpaint"] = given_sides(settings.outpaint)
             samples = model.edit(image, settings.n, seed=first, **here, **how)
     for warning in model.warnings:
         note(f"warning: {warning}")
@@ -338,10 +339,15 @@ def between(settings: "EditSettings", model: Model, image: str, how: dict[str, A
     """
     if settings.with_ is None:
         raise UsageError("--task interpolate goes from one picture to another; name that with --with")
-    for name in ("mask", "strength", "factor", "seed"):
+    for name in ("mask", "outpaint", "strength", "factor", "seed"):
         if getattr(settings, name) is not None:
             raise UsageError(f"--{name} has no effect on --task interpolate; leave it out")
     return interpolated(model, image, settings.with_, settings.n, **how)
+
+
+def given_sides(sides: tuple[int, ...] | None) -> int | tuple[int, ...] | None:
+    """Return what `Model.edit` takes: one number alone as such."""
+    return sides[0] if sides is not None and len(sides) == 1 else sides
 
 
 # Making again ---------------------------------------------------------------------------------

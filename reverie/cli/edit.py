@@ -27,6 +27,9 @@ class EditSettings(BaseModel):
     )
     with_: str | None = setting("what", None, "interpolate: the picture at the other end, of --n in all")
     mask: str | None = setting("what", None, "a picture of the same size: white is drawn anew, black stays bit for bit")
+    outpaint: tuple[int, ...] | None = setting(
+        "what", None, "pixels to add and to draw: left,top,right,bottom, or one number for all sides", max_length=4
+    )
     prompt: str | None = setting("what", None, "what to draw, in words", max_length=1 << 20)
     negative_prompt: str | None = setting("what", None, "what guidance leads away from", max_length=1 << 20)
     lora: tuple[str, ...] = setting("what", (), "LoRA files, each as FILE or FILE=WEIGHT")
@@ -88,6 +91,7 @@ def command(model: str, image: str, json: bool, **flags: Any) -> None:
     reverie edit runs/shapes red.png --prompt "a large blue star in the centre" --strength 0.9
     reverie edit sd15/ photo.png --mask sky.png --prompt "a sky with clouds"
     reverie edit runs/quick small.png --task super-resolution --factor 4
+    reverie edit sd15/ photo.png --outpaint 128,0,128,0 --prompt "a wide landscape"
     """
     settings = settle(EditSettings, flags)
     check_place(Path(settings.out))

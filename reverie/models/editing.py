@@ -3,7 +3,8 @@ r"""Editing a picture: what is drawn does not start from noise alone, or not eve
     x_t = alpha_t x_0 + sigma_t eps  at  t = strength                                                       (1)
 
 A strength of 0 leaves the picture as it is, one of 1 starts from noise; the steps asked for are the steps taken,
-between t = strength and 0. With a mask, what is outside of it comes back as it was, to the last bit.
+between t = strength and 0. With a mask, what is outside of it comes back as it was, to the last bit. Outpainting is
+that on a larger canvas: the picture continued by its border, and a mask of what was added.
 
 References:
     SDEdit: Guided Image Synthesis and Editing with Stochastic Differential Equations (Meng et al., 2022)
@@ -12,9 +13,11 @@ References:
     https://arxiv.org/abs/2112.10752
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,6 +46,7 @@ class Original:
         mask_source: The mask's.
         task: What is done with it by a model of few steps (tasks.py); None for an edit by any model.
         factor: How many times as high and wide the result is, of super-resolution.
+        outpaint: What was added to the left, the top, the right and the bottom; None for nothing.
     """
 
     pixels: UInt8[Tensor, "c h w"]
@@ -51,17 +55,20 @@ class Original:
     mask_source: str | None = None
     task: str | None = None
     factor: int = 1
+    outpaint: tuple[int, int, int, int] | None = None
 
     @property
     def size(self) -> tuple[int, int]:
         """Height and width of what comes of it."""
         return self.factor * self.pixels.shape[1], self.factor * self.pixels.shape[2]
 
-    def record(self) -> dict[str, str | int | None]:
+    def record(self) -> dict[str, Any]:
         """Return which picture, which mask and which task, as JSON holds it."""
         seen = None if self.mask is None else digest((255 * self.mask).round().to(torch.uint8))
         image = {"image": self.source, "image_sha256": digest(self.pixels)}
-        return {**image, "mask": self.mask_source, "mask_sha256": seen, "task": self.task, "factor": self.factor}
+        added = None if self.outpaint is None else list(self.outpaint)
+        what = {"task": self.task, "factor": self.factor, "outpaint": added}
+        return {**image, "mask": self.mask_source, "mask_sha256": seen, **what}
 
     def pasted(self, images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
         """Return images in [-1, 1] with the picture put back where the mask is zero, and mixed where it is between."""
@@ -114,6 +121,37 @@ def read_original(image: Picture, mask: Picture | None, channels: int) -> Origin
         sizes = " and ".join(f"{s.shape[2]}x{s.shape[1]}" for s in (pixels, shown))
         raise UsageError(f"the picture and its mask are {sizes}; the mask must be of the picture's size")
     return Original(pixels, shown[0].float() / 255, source, mask_source)
+
+
+def outpainted(original: Original, sides: int | Sequence[int]) -> Original:
+    """Return a picture on a larger canvas, what was added to be made anew.
+
+    Arguments:
+        original: The picture.
+        sides: Pixels to add to the left, the top, the right and the bottom, or one number for all.
+
+    Raises:
+        UsageError: That is not what they are, they add nothing, or the canvas is too large.
+
+    Example:
+        >>> whole = outpainted(Original(torch.zeros(3, 4, 5, dtype=torch.uint8)), (2, 0, 1, 3))
+        >>> whole.size, int(whole.mask.sum())
+        ((7, 8), 36)
+    """
+    given = (sides,) * 4 if isinstance(sides, int) else tuple(sides)
+    whole = all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in given)
+    if len(given) != 4 or not whole or not any(given):
+        raise UsageError(f"outpaint is {sides}; it must be pixels to add: left,top,right,bottom, or one number for all")
+    left, top, right, bottom = given
+    height, width = original.size[0] + top + bottom, original.size[1] + left + right
+    if height * width > MAX_PIXELS:
+        raise UsageError(
+            f"outpaint {sides} makes a picture of {width}x{height}, which is more than {MAX_PIXELS} pixels"
+        )
+    edges = (left, right, top, bottom)
+    pixels = F.pad(original.pixels[None].float(), edges, mode="replicate")[0].to(torch.uint8)
+    mask = torch.zeros(original.size) if original.mask is None else original.mask
+    return replace(original, pixels=pixels, mask=F.pad(mask, edges, value=1.0), outpaint=(left, top, right, bottom))
 
 
 def as_pixels(image: Picture, channels: int) -> tuple[UInt8[Tensor, "c h w"], Float[Tensor, "h w"] | None]:

@@ -20,7 +20,7 @@ from reverie.diffusion.samplers.base import Sampler
 from reverie.models.card import Card
 from reverie.models.codec import Codec
 from reverie.models.conditioning import Conditioner, build_conditioner
-from reverie.models.editing import Original, Picture, give, padded_size, read_original
+from reverie.models.editing import Original, Picture, give, outpainted, padded_size, read_original
 from reverie.models.footprint import working_bytes
 from reverie.models.guiding import Worse
 from reverie.models.plan import SamplingPlan, make_plan
@@ -248,6 +248,7 @@ class Model:
         strength: float | None = None,
         task: str | None = None,
         factor: int | None = None,
+        outpaint: int | Sequence[int] | None = None,
         callback: Callable[[Progress], None] | None = None,
         **request: Any,
     ) -> "Samples":
@@ -262,6 +263,8 @@ class Model:
                 task begins with noise alone.
             task: What a consistency model does with it: inpaint, colourise or super-resolution (tasks.py).
             factor: Of super-resolution, how many times as high and wide; to the model's size, if not said.
+            outpaint: Pixels to add to the left, the top, the right and the bottom, or one number for all sides: they
+                are drawn, and the picture itself comes back bit for bit.
             callback: Called after every step; what it raises ends the sampling.
             request: As `sample` takes it: prompt, seed, steps, guidance, ...
 
@@ -269,12 +272,14 @@ class Model:
             UsageError: Something is out of range, unknown, or would have no effect; a mask of another size.
             DataError: The picture can't be read.
         """
-        original = self.original(image, mask, task, factor)
+        original = self.original(image, mask, task, factor, outpaint)
         if task is not None:
             if strength is not None:
                 raise UsageError("strength has no effect on a task, which begins with noise alone; leave it out")
             return self.execute(self.plan_edit(original, n, strength=1.0, **request), callback, original)
         strength = (0.8 if original.mask is None else 1.0) if strength is None else strength
+        if strength == 0 and outpaint is not None:
+            raise UsageError("strength is 0, which draws nothing, beside outpaint, which is to be drawn; raise it")
         if strength == 0:
             plan = self.plan_edit(original, n, strength=1e-9, **request)
             same = (original.pixels.float() / 127.5 - 1).expand(plan.n, -1, -1, -1)
@@ -319,13 +324,20 @@ class Model:
         return Samples(x.clamp(-1, 1), torch.tensor(plan.seeds), labels, record)
 
     def original(
-        self, image: Picture, mask: Picture | None = None, task: str | None = None, factor: int | None = None
+        self,
+        image: Picture,
+        mask: Picture | None = None,
+        task: str | None = None,
+        factor: int | None = None,
+        outpaint: int | Sequence[int] | None = None,
     ) -> Original:
         """Return a picture, its mask and what is done with it as this model takes them."""
         if self.card.kind != "image":
             raise UsageError(f"this is a model of {self.card.kind}; it edits no pictures")
         channels = 3 if self.codec else self.card.shape[0]
         found = read_original(image, mask, channels)
+        if outpaint is not None:
+            found = outpainted(found, outpaint)
         if self.fills and found.mask is None:
             raise UsageError("this model was trained to fill in; give a mask, white where it is to draw")
         if factor is not None and task != "super-resolution":

@@ -82,6 +82,9 @@ class LoraRecord(Part):
     weight: float
 
 
+Pixels = Annotated[int, Field(ge=0, le=MAX_SIDE)]
+
+
 class EditRecord(Part):
     """Which picture was edited, and where: paths as they were given, and the sha256 of what was in them."""
 
@@ -91,6 +94,7 @@ class EditRecord(Part):
     mask_sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None
     task: Name | None = None
     factor: Annotated[int, Field(ge=1, le=MAX_SIDE)] = 1
+    outpaint: tuple[Pixels, Pixels, Pixels, Pixels] | None = None
 
 
 class Record(Part):
@@ -404,8 +408,8 @@ def remade(
     ):
         raise UsageError(f"{path} was edited from a picture that came from no file, so it can't be made again")
     factor = record.edit.factor if record.edit.factor > 1 else None
-    original = model.original(record.edit.image, record.edit.mask, record.edit.task, factor)
-    if original.record() != record.edit.model_dump():
+    original = model.original(record.edit.image, record.edit.mask, record.edit.task, factor, record.edit.outpaint)
+    if original.record() != record.edit.model_dump(mode="json"):
         raise UsageError(f"{record.edit.image}, or its mask, is not what {path} was edited from: its pixels differ")
     asked = request(record) | {"size": None, "bad": bad}
     plan = model.plan_edit(original, 1, strength=record.strength, **asked)

@@ -141,3 +141,10 @@ def test_the_best_of_several_runs_counts(monkeypatch):
     calls = []
     assert measure.best_time(lambda: calls.append(1), 7.0) == 1.0
     assert len(calls) == 4  # one to begin with, then until the seconds are over
+
+
+def test_fast_is_measured():
+    found = measure.fast(0.01)
+    assert found["gain"] > 0
+    assert 0 < found["error"] < 0.05
+    assert found["dtype"] in measure.DTYPES

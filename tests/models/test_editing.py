@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from reverie.base.errors import DataError, UsageError
@@ -140,3 +141,39 @@ def test_pictures_of_every_mode_become_the_models():
     original = read_original(picture(), None, 3)
     assert original.mask is None
     assert original.record()["mask"] is None
+
+
+@pytest.mark.parametrize("codec", [False, True])
+@pytest.mark.parametrize("fills", [False, True])
+def test_outpainting_keeps_the_picture_and_draws_around_it(codec, fills):
+    image = picture(8, 10)
+    made = make(codec, fills).edit(image, 2, outpaint=(4, 0, 3, 5), seed=3).uint8
+    assert made.shape == (2, 3, 13, 17)
+    assert torch.equal(made[:, :, :8, 4:14], image.expand(2, -1, -1, -1))
+    continued = F.pad(image[None].float(), (4, 3, 0, 5), mode="replicate").to(torch.uint8)
+    assert not torch.equal(made[0], continued[0])
+    assert not torch.equal(made[0], made[1])
+
+
+def test_outpainting_and_a_mask_go_together():
+    image, mask = picture(), half()
+    made = make().edit(image, mask=mask, outpaint=2, seed=1).uint8[0]
+    assert torch.equal(made[:, 2:10, 2:6], image[:, :, :4])
+    assert not torch.equal(made[:, 2:10, 6:10], image[:, :, 4:])
+
+
+def test_an_outpainted_picture_is_made_again_from_its_record(tmp_path):
+    Image.fromarray(picture().permute(1, 2, 0).numpy()).save(tmp_path / "a.png")
+    model = make()
+    made = model.edit(tmp_path / "a.png", outpaint=(0, 3, 0, 0), seed=4)
+    assert made.record["edit"]["outpaint"] == [0, 3, 0, 0]
+    file = write_pictures(made, tmp_path / "out")[0]
+    assert torch.equal(again(file, model).images, made.images)
+
+
+@pytest.mark.parametrize("sides", [0, (1, 2), (-1, 0, 0, 0), (0, 0, 0, 0), 10**6])
+def test_an_outpainting_of_nothing_or_too_much_is_refused(sides):
+    with pytest.raises(UsageError, match="outpaint"):
+        make().edit(picture(), outpaint=sides)
+    with pytest.raises(UsageError, match="draws nothing"):
+        make().edit(picture(), outpaint=2, strength=0)
