@@ -55,6 +55,8 @@ Kind = Literal["rademacher", "gaussian"]
 
 LEVEL_WEIGHTS: dict[str, LevelWeight] = {
     "variance": lambda schedule, t: schedule.variance(t),  # NCSN's: all levels count alike
+    # EDM's, of data with a deviation of 1/2: the errors of its output count alike at all levels.
+    "edm": lambda schedule, t: schedule.variance(t) * (1 + schedule.variance(t) / (0.5 * schedule.alpha(t)).square()),
     "uniform": lambda schedule, t: torch.ones_like(t),  # the Fisher divergence itself
     "likelihood": lambda schedule, t: schedule.diffusion(t).square(),  # a bound on -ln p(x_0), its mean over t
 }
@@ -182,8 +184,9 @@ class ScoreMatching(Objective):
     """What the objectives of score matching share: the weight of each noise level.
 
     Arguments:
-        weight: lambda(t): variance, sigma^2, which makes the losses of all levels of one size; uniform, 1;
-            likelihood, the g^2 of the schedule's equation; or a function of (schedule, t).
+        weight: lambda(t): variance, sigma^2, which makes the losses of all levels of one size; edm, for EDM's
+            output, sigma^2 (1 + 4 sigma^2 / alpha^2); uniform, 1; likelihood, the g^2 of the schedule's equation; or a
+            function of (schedule, t).
 
     Raises:
         UsageError: There is no weight of that name.

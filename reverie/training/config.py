@@ -66,8 +66,12 @@ class TrainConfig(RunConfig):
     learned_variance: bool = option("diffusion", False, "learn the variance too; needs --objective hybrid or vlb")
     objective: Literal[
         "simple", "hybrid", "vlb", "consistency", "easy-consistency", "continuous-consistency", "mean-flow", "reflow",
-        "progressive", "latent-consistency",
-    ] = option("diffusion", "simple", "L_simple, L_hybrid or L_vlb; or one of few steps")  # fmt: skip
+        "progressive", "latent-consistency", "denoising-score", "sliced-score", "implicit-score",
+    ] = option("diffusion", "simple", "L_simple, L_hybrid or L_vlb; one of few steps; or score matching")  # fmt: skip
+    level_weight: Literal["variance", "edm", "uniform", "likelihood"] | None = option(
+        "diffusion", None, "weight of the noise levels in score matching; edm with EDM's output, else NCSN's variance"
+    )
+    slices: int | None = option("diffusion", None, "directions for each image in sliced-score; 1", ge=1, le=1000)
     distance: Literal["l2", "l1", "huber"] = option("diffusion", "l2", "distance in L_simple")
     weight: str = option("diffusion", "uniform", "weight of the noise levels in L_simple: " + ", ".join(weights))
     times: Literal["uniform", "log-normal", "importance"] = option("diffusion", "uniform", "which times are trained on")
@@ -114,6 +118,8 @@ class TrainConfig(RunConfig):
         if self.network == "edm2":
             usual = EDM2 if self.objective == "simple" else EDM2 | {"uncertainty": False}
             self.__dict__.update({name: value for name, value in usual.items() if name not in self.model_fields_set})
+        if self.objective in SCORES:
+            self.__dict__.update({name: value for name, value in NCSN.items() if name not in self.model_fields_set})
         return self
 
     @model_validator(mode="after")
@@ -142,6 +148,7 @@ class TrainConfig(RunConfig):
             yield "captions and labels are one or the other; leave labels out"
         yield from self.starting()
         yield from self.without_effect()
+        yield from self.of_scores()
         if self.network == "edm2" and (self.time_scale_shift or self.captions):
             yield "time_scale_shift and captions are for other networks; edm2 has neither"
         if self.network == "unet" and self.preset in ("xs", "s", "m", "l", "xl", "xxl"):
@@ -225,6 +232,19 @@ class TrainConfig(RunConfig):
         if self.objective in CURRICULUM and self.minutes is not None and self.steps is None:
             yield f"objective {self.objective} needs steps: its curriculum must know where it ends"
 
+    def of_scores(self) -> Any:
+        """Yield what has no effect on score matching, or on any other objective, in words."""
+        asked = self.model_fields_set
+        if self.objective not in SCORES and "level_weight" in asked:
+            yield f"level_weight has no effect on objective {self.objective}; it is for {', '.join(SCORES)}"
+        if self.objective != "sliced-score" and "slices" in asked:
+            yield f"slices has no effect on objective {self.objective}; it is for sliced-score"
+        if self.objective in SCORES:
+            if found := [name for name in ("distance", "weight", "uncertainty") if name in asked]:
+                yield f"{', '.join(found)}: without effect on objective {self.objective}; leave out"
+            if self.objective != "denoising-score" and self.compile:
+                yield f"objective {self.objective} takes second derivatives, which compile does not; leave it out"
+
     @property
     def decays(self) -> tuple[float, ...]:
         """The decays of the averages of fixed length: none where there are others and these were not asked for."""
@@ -250,6 +270,8 @@ class TrainConfig(RunConfig):
 AVERAGED = ("consistency", "easy-consistency", "latent-consistency")
 CURRICULUM = (*AVERAGED, "continuous-consistency")
 FEW_STEPS = (*CURRICULUM, "mean-flow", "reflow", "progressive")
+SCORES = ("denoising-score", "sliced-score", "implicit-score")
+NCSN: dict[str, Any] = {"schedule": "ve", "prediction": "edm"}  # of score matching, where nothing else is said
 SLOPED = ("continuous-consistency", "mean-flow")
 FLOWING = ("flow", "velocity")
 TAUGHT = ("easy-consistency", "reflow", "progressive", "latent-consistency")
@@ -273,5 +295,5 @@ FIXED = (
     "network", "time_mean", "time_std", "uncertainty", "ema_lengths",
     "patch", "attention", "head_dim", "dropout", "time_scale_shift", "schedule", "timesteps", "zero_snr", "prediction",
     "learned_variance", "objective", "distance", "weight", "times", "label_dropout", "batch_size", "accumulate", "ema",
-    "target_decay", "student_steps", "stages", "fill", "lora", "lora_alpha",
+    "target_decay", "student_steps", "stages", "fill", "lora", "lora_alpha", "level_weight", "slices",
 )  # fmt: skip

@@ -21,8 +21,9 @@ from reverie.networks import networks
 from reverie.networks.dit import DiTConfig
 from reverie.networks.edm2 import RATES, SIZES
 from reverie.networks.numbered import SLOW
-from reverie.training.config import FEW_STEPS, TrainConfig
+from reverie.training.config import FEW_STEPS, SCORES, TrainConfig
 from reverie.training.few_step import RATE, SAMPLING, student_card
+from reverie.training.scores import LANGEVIN, largest_noise
 from reverie.training.start import start_card
 from reverie.training.transformer import TRANSFORMER_PRESETS, TransformerPreset, transformer_config, transformer_words
 
@@ -163,7 +164,7 @@ def make_plan(
     card = Card(
         shape=dataset.shape,
         network=with_span(config, choose_network(config, dataset, preset, labels, text)),
-        schedule=schedule_spec(config),
+        schedule=schedule_spec(config, largest_noise(config, dataset) if config.objective in SCORES else {}),
         prediction=config.prediction,
         learned_variance=config.learned_variance,
         classes=dataset.classes if labels else (),
@@ -172,7 +173,8 @@ def make_plan(
         sampling=sampling_defaults(config),
         code=reverie.__version__,
     )
-    dtype = few_step_dtype(config.dtype) if config.objective in FEW_STEPS else choose_dtype(config.dtype, device)
+    exact = config.objective in (*FEW_STEPS, *SCORES)
+    dtype = few_step_dtype(config.dtype) if exact else choose_dtype(config.dtype, device)
     return Plan(with_codec(card, codec), device, dtype, config.learning_rate or preset.learning_rate)
 
 
@@ -190,6 +192,8 @@ def sampling_defaults(config: TrainConfig) -> SamplingDefaults:
         return SamplingDefaults(guidance=GUIDANCE)
     if config.schedule == "edm" and config.objective == "simple":
         return EDM_SAMPLING
+    if config.objective in SCORES and config.schedule == "ve":
+        return LANGEVIN
     return SAMPLING.get(config.objective, SamplingDefaults())
 
 
@@ -314,13 +318,13 @@ def attending(levels: int, size: int) -> tuple[bool, ...]:
     return tuple(level == first and level < levels - 1 for level in range(levels))
 
 
-def schedule_spec(config: TrainConfig) -> ScheduleSpec:
-    """Return the schedule that is asked for.
+def schedule_spec(config: TrainConfig, own: Mapping[str, float | int | bool] | None = None) -> ScheduleSpec:
+    """Return the schedule that is asked for, with options of its own that the data has.
 
     Raises:
         UsageError: A table's option for a schedule that is none, or one that trains on no eps.
     """
-    options: dict[str, float | int | bool] = {}
+    options: dict[str, float | int | bool] = dict(own or {})
     if config.schedule in TABLES:
         options["timesteps"] = config.timesteps or 1000
         if config.zero_snr:

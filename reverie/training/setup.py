@@ -12,8 +12,9 @@ from reverie.diffusion.objectives import Hybrid, Objective, Simple, Variational
 from reverie.diffusion.predictions import Prediction
 from reverie.diffusion.schedules import Schedule
 from reverie.diffusion.times import ImportanceTimes, LogNormalTimes, TimeSampler, UniformTimes
-from reverie.training.config import FEW_STEPS, FIXED, TrainConfig
+from reverie.training.config import FEW_STEPS, FIXED, SCORES, TrainConfig
 from reverie.training.few_step import few_step_times, make_few_step
+from reverie.training.scores import make_score
 from reverie.training.start import starts_on
 
 
@@ -50,6 +51,8 @@ def make_objective(
     """
     if config.objective in FEW_STEPS:
         return make_few_step(config, teacher, target)
+    if config.objective in SCORES:
+        return make_score(config)
     simple = Simple(prediction or config.prediction, config.distance, config.weight)
     if config.objective == "hybrid":
         return Hybrid(simple)
