@@ -224,12 +224,27 @@ def count_parameters(network: torch.nn.Module) -> int:
 # diffusers ------------------------------------------------------------------------------------
 
 
+def small_unet(size: int) -> torch.nn.Module:
+    """Return diffusers' small U-Net of grey images, with random weights."""
+    from diffusers import UNet2DModel
+
+    return UNet2DModel(
+        sample_size=size,
+        in_channels=1,
+        out_channels=1,
+        layers_per_block=2,
+        block_out_channels=(32, 64, 64),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+    )
+
+
 def train_diffusers(task: Task, images: Images) -> Outcome:
     """Train a UNet2DModel as diffusers' example of unconditional training does."""
     if not torchvision_works():
         sys.modules["torchvision"] = None  # type: ignore[assignment]  # Python's own way to say: not there
     from accelerate import Accelerator
-    from diffusers import DDIMPipeline, DDIMScheduler, DDPMScheduler, UNet2DModel
+    from diffusers import DDIMPipeline, DDIMScheduler, DDPMScheduler
     from diffusers.training_utils import EMAModel
 
     settings: dict[str, Any] = {
@@ -241,15 +256,7 @@ def train_diffusers(task: Task, images: Images) -> Outcome:
     }
     torch.manual_seed(task.seed)
     accelerator = Accelerator(mixed_precision=settings["precision"])
-    network = UNet2DModel(
-        sample_size=images.shape[-1],
-        in_channels=1,
-        out_channels=1,
-        layers_per_block=2,
-        block_out_channels=(32, 64, 64),
-        down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-    )
+    network = small_unet(images.shape[-1])
     table = DDPMScheduler(num_train_timesteps=1000)
     optimizer = torch.optim.AdamW(
         network.parameters(), lr=settings["learning_rate"], betas=(0.95, 0.999), weight_decay=1e-6, eps=1e-8

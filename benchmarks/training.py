@@ -14,8 +14,14 @@ heads of 8 channels; 1.62 M parameters). denoising-diffusion-pytorch's is its ow
 peers.py tells what of the peers' loops is theirs. `ours-plain` is ours with REVERIE_KERNELS=plain, `ours-compiled` with
 torch.compile instead, and `-bf16` after a name is autocast.
 
---curves N makes N steps of each and keeps the loss. With --learning-rate, ours and diffusers then have the same noise
-schedule (linear), prediction (eps) and loss; the third has its own.
+--curves N makes N steps of each for each of some seeds and keeps the losses, of which it prints means and a test. With
+--learning-rate, ours and diffusers then have the same first weights (diffusers'), noise schedule (linear), prediction
+(eps), loss, optimiser (AdamW, betas 0.95 and 0.999, weight decay 1e-6) and warm-up; the third has its own. What is left
+are the draws: order of the images, times, noise.
+
+The test: the steps are cut into tenths. In each, the mean loss of a trainer less that of the reference, over the seeds,
+is compared with its standard error, from the spread over the seeds, by Welch's t. Two trainers are equal within noise
+where no tenth's p-value is below 0.05 / 10.
 """
 
 import argparse
@@ -97,19 +103,37 @@ def ours(name: str, kind: str, task: dict[str, Any], gate: Gate) -> tuple[list[f
             return report
 
     losses: list[float] = []
-    equal = {"schedule": "linear", "prediction": "eps", "warmup": task["warmup"]} if task["learning_rate"] else {}
+    equal: dict[str, Any] = {}
+    if task["learning_rate"]:
+        equal = {"schedule": "linear", "prediction": "eps", "warmup": task["warmup"], "weight_decay": 1e-6}
     with tempfile.TemporaryDirectory() as folder:
         config = TrainConfig(
             data="digits", size=task["size"], channels=1, labels=False, out=f"{folder}/run", steps=10**9,
             widths=(32, 64, 64), attention=(False, True, False), head_dim=8, layers=2, held_out=0, validate_every=0,
             sample_every=0, save_every=10**9, batch_size=task["batch"], learning_rate=task["learning_rate"],
-            dtype="bfloat16" if name.endswith("bf16") else "float32", compile=name == "ours-compiled", **equal,
+            seed=task["seed"], dtype="bfloat16" if name.endswith("bf16") else "float32",
+            compile=name == "ours-compiled", **equal,
         )  # fmt: skip
         with open(os.devnull, "w") as nowhere:
             run = Waiting(config, False, Console(nowhere))
+            if equal:
+                begin_as_diffusers(run, task)
             with suppress(Over):
                 run.go()
     return losses, sum(p.numel() for p in run.network.parameters())
+
+
+def begin_as_diffusers(run: Any, task: dict[str, Any]) -> None:
+    """Give a run the weights that diffusers' loop begins with, and its optimiser's settings."""
+    import peers
+    import torch
+
+    torch.manual_seed(task["seed"])
+    run.network.load_state_dict(peers.small_unet(task["size"]).state_dict())
+    for ema in run.emas:
+        ema.load(run.network.state_dict())
+    for group in run.update.optimizer.param_groups:
+        group["betas"] = (0.95, 0.999)
 
 
 def peer(name: str, kind: str, task: dict[str, Any], gate: Gate) -> tuple[list[float], int]:
@@ -134,7 +158,7 @@ def peer(name: str, kind: str, task: dict[str, Any], gate: Gate) -> tuple[list[f
     peers.TimedBatches, peers.outcome = Waiting, outcome  # type: ignore[misc,assignment]
     data = rv.open_dataset("digits", size=task["size"], channels=1)
     told = peers.Task(
-        kind, "", 1e6, 0, 1, 1, 0, batch_size=task["batch"], learning_rate=task["learning_rate"],
+        kind, "", 1e6, 0, 1, 1, task["seed"], batch_size=task["batch"], learning_rate=task["learning_rate"],
         warmup=task["warmup"] if kind == "diffusers" and task["learning_rate"] else None,
         precision="bf16" if name.endswith("bf16") else "no",
     )  # fmt: skip
@@ -218,6 +242,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--rounds", type=int, default=7, help="steps of each that are counted (default: 7)")
     add("--skip", type=int, default=2, help="steps of each before those (default: 2)")
     add("--curves", type=int, help="make so many steps of each instead and keep the losses, in tenths")
+    add("--seeds", type=int, default=1, help="seeds of each for --curves (default: 1)")
     add("--learning-rate", type=float, help="one for all, with diffusers' schedule and prediction for ours")
     add("--warmup", type=int, default=50, help="with it: steps over which it rises, ours and diffusers (default: 50)")
     add("--threads", type=int, default=len(os.sched_getaffinity(0)), help="threads of each (default: all cores)")
@@ -226,7 +251,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     options.only = options.only.split(",")
     if unknown := [name for name in options.only if name not in KNOWN]:
         parser.error(f"--only: there is no trainer {unknown[0]!r} (known: {', '.join(KNOWN)})")
-    if min(options.size, options.batch_size, options.rounds, options.threads) < 1 or options.skip < 0:
+    if min(options.size, options.batch_size, options.rounds, options.threads, options.seeds) < 1 or options.skip < 0:
         parser.error("--size, --batch-size, --rounds and --threads must be above 0")
     if "ddpm-pytorch" in ",".join(options.only) and options.batch_size < 16:
         parser.error("--batch-size must be at least 16: denoising-diffusion-pytorch refuses less")
@@ -237,10 +262,14 @@ def main(arguments: Sequence[str]) -> int:
     """Run the benchmark and return its exit code."""
     options = parse(arguments)
     task = {"size": options.size, "batch": options.batch_size, "threads": options.threads}
-    task |= {"learning_rate": options.learning_rate, "warmup": options.warmup}
+    task |= {"learning_rate": options.learning_rate, "warmup": options.warmup, "seed": 0}
     load = os.getloadavg()[0]
     rounds, skip = (options.curves, 0) if options.curves else (options.rounds, options.skip)
     found = measure(options.only, task, rounds, skip)
+    curves = {name: [got["losses"]] for name, got in found.items()}
+    for seed in range(1, options.seeds if options.curves else 1):
+        for name, got in measure(options.only, task | {"seed": seed}, rounds, skip).items():
+            curves[name].append(got["losses"])
 
     from report import machine, table, versions
 
@@ -259,9 +288,7 @@ def main(arguments: Sequence[str]) -> int:
     ]  # fmt: skip
     print(table(head, rows))
     if options.curves:
-        print(
-            "\n" + table(["mean loss", *map(str, range(1, 11))], [[n, *tenths(g["losses"])] for n, g in found.items()])
-        )
+        print("\n" + table(["mean loss", *map(str, range(1, 11)), "p"], curve_rows(curves, reference)))
     if options.json:
         about = {
             "benchmark": "training",
@@ -272,15 +299,30 @@ def main(arguments: Sequence[str]) -> int:
             "load_before": load,
             "task": task,
         }
-        result = about | {"trainers": found, "ratios": compared, "reference": reference}
+        result = about | {"trainers": found, "ratios": compared, "reference": reference, "curves": curves}
         options.json.write_text(json.dumps(result, indent=1) + "\n")
     return 0
 
 
-def tenths(losses: list[float]) -> list[str]:
+def tenths(losses: list[float]) -> list[float]:
     """Return the mean of each tenth."""
     size = max(1, len(losses) // 10)
-    return [f"{statistics.fmean(losses[i * size : (i + 1) * size] or [float('nan')]):.4f}" for i in range(10)]
+    return [statistics.fmean(losses[i * size : (i + 1) * size] or [float("nan")]) for i in range(10)]
+
+
+def curve_rows(curves: dict[str, list[list[float]]], reference: str) -> list[list[str]]:
+    """Return a line for each trainer: its mean loss in each tenth over the seeds, and the least p-value of the test."""
+    from scipy.stats import ttest_ind
+
+    means = {name: [tenths(losses) for losses in seeds] for name, seeds in curves.items()}
+    rows = []
+    for name, seeds in means.items():
+        least = "-"
+        if name != reference and len(seeds) > 1:
+            pairs = zip(zip(*seeds, strict=True), zip(*means[reference], strict=True), strict=True)
+            least = f"{min(ttest_ind(a, b, equal_var=False).pvalue for a, b in pairs):.3f}"
+        rows.append([name, *(f"{statistics.fmean(tenth):.4f}" for tenth in zip(*seeds, strict=True)), least])
+    return rows
 
 
 if __name__ == "__main__":

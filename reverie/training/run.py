@@ -20,6 +20,7 @@ from reverie.base.errors import NonFiniteError, Stopped, StorageError, UsageErro
 from reverie.base.lock import RunLock
 from reverie.base.storage import write_file
 from reverie.data.batches import Batch, Batches
+from reverie.kernels.memory import keep_freed_memory
 from reverie.models.checkpoints import Checkpoint, CheckpointStore
 from reverie.training.metrics import Console, MetricsLog, open_trackers
 from reverie.training.previews import png_bytes, preview_path, to_tensor
@@ -159,6 +160,7 @@ class BaseRun(ABC):
     def go(self) -> Path:
         """Take the folder, restore, train, and write the model."""
         self.store.prepare()
+        keep_freed_memory()
         with RunLock(self.folder), self.stop:
             self.restore() if self.resumed else self.write_beginnings()
             for line in self.lines():

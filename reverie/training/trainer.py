@@ -100,9 +100,17 @@ class Run(BaseRun):
         self.dataset = self.open_data(self.shape_of_pictures(start))
         spec = self.encode()
         self.plan = make_plan(self.config, self.dataset, self.teacher, start, spec)
+        self.record_dtype()
         self.conditions = Conditions(self.plan.card, self.dataset)
         self.make_model(start)
         self.make_training()
+
+    def record_dtype(self) -> None:
+        """Put the arithmetic that the machine decided into the configuration: on another one, it is to stay."""
+        if self.config.dtype == "auto":
+            dtype = "float32" if self.plan.dtype is None else "bfloat16"
+            self.say(f"dtype: {dtype}, as --dtype is auto; kept for --resume")
+            self.config = self.config.model_copy(update={"dtype": dtype})
 
     def open_data(self, like: tuple[int | None, ...] | None = None) -> Dataset:
         """Return the data, its unreadable files named; of a model's shape (C, H, W), where nothing else is said."""

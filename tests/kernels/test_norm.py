@@ -82,6 +82,21 @@ def test_values_of_any_size(level, factor, offset):
     assert close(found.detach(), wanted, 2e-6 + 2e-7 * abs(offset) / factor)
 
 
+@pytest.mark.parametrize("kind", ["ramp", "outlier", "step"])
+def test_a_mean_that_wanders_over_the_image(level, kind):
+    # Moments are taken as distances from the mean of the rows before: it may lie far from what comes.
+    x = numbers(1, 20, 40, 40)
+    if kind == "ramp":
+        x = x + torch.linspace(0, 1e3, 1600).view(40, 40)
+    elif kind == "outlier":
+        x[..., 0, 0] = 1e4
+    else:
+        x[..., 17:, :] += 1e4
+    x = x.to(memory_format=torch.channels_last)
+    found, wanted = (f(y, 5, None, None, 1e-5) for f, y in ((group_norm, x), (plain, x.double())))
+    assert close(found, wanted, 3e-6)
+
+
 def test_not_a_number_stays_within_its_group(level):
     x = image(2, 8, 4, 4).detach()
     x[0, 5, 1, 1] = torch.nan

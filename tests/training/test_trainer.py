@@ -15,7 +15,7 @@ from reverie.data import open_dataset
 from reverie.data.batches import Batches
 from reverie.models.checkpoints import CheckpointStore
 from reverie.models.load import load
-from reverie.training import run
+from reverie.training import plan, run
 from reverie.training.config import TrainConfig
 from reverie.training.trainer import Run, train
 
@@ -164,6 +164,14 @@ def test_changed_data_is_refused(tmp_path):
 def test_a_new_learning_rate_is_taken_and_said(tmp_path):
     go(tmp_path / "run", steps=2)
     assert "learning_rate: 0.0005" in again(tmp_path / "run", steps=4, learning_rate=5e-4)
+
+
+def test_the_arithmetic_that_the_machine_chose_is_kept_on_another(tmp_path, monkeypatch):
+    monkeypatch.setattr(plan, "fast_bfloat16", lambda device: True)
+    assert "dtype: bfloat16, as --dtype is auto" in go(tmp_path / "run", steps=2, dtype="auto")
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["dtype"] == "bfloat16"
+    monkeypatch.setattr(plan, "fast_bfloat16", lambda device: False)
+    assert "; bfloat16 on cpu" in again(tmp_path / "run", steps=3)
 
 
 def test_a_missing_average_is_not_begun_anew(tmp_path):

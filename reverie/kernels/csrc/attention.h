@@ -10,7 +10,6 @@
 
 constexpr int QB = 64, KB = 96;
 constexpr int TILE = 6;  // keys whose scores are in registers at once, with PANEL vectors of queries
-constexpr float LOG2E = 1.44269504088896341f;
 // A query's weights are 2^(s - level), where the level is raised only when a score exceeds it by more than this: it
 // divides out in the end, and what was summed seldom has to be scaled again.
 constexpr float SLACK = 16;

@@ -30,6 +30,9 @@ static inline bool exceeds(V a, V b) {
 
 // 2^x by the polynomial P for the fraction, in [-1/2, 1/2]: c[0] r^n + ... + c[n]. x is below 128; NaN stays NaN;
 // 0 far below.
+constexpr float EXP2[] = {0.001326472731307149f, 0.009671512991189957f, 0.05550733581185341f,
+                          0.24022242426872253f,  0.6931470036506653f,   1.0f};               // within 2e-7 of itself
+constexpr float ROUGH_EXP2[] = {0.05517144f, 0.24261081f, 0.69326099f, 0.99992809f};          // within 8e-5
 template <int TERMS> static inline V power_of_two(V x, const float (&c)[TERMS]) {
 #ifdef __AVX512F__
     const __m512 low = _mm512_max_ps(_mm512_set1_ps(-200.0f), (__m512)x);  // minus infinity has no fraction
@@ -67,12 +70,7 @@ struct Single {
     static inline V multiply_add(V sum, V a, V b) { return sum + a * b; }
     static inline V join(V first, V) { return first; }
     static inline void store_both(float* to, V first, V second) { store_words(to, first, second); }
-    // Within 2e-7 of itself.
-    static inline V exp2(V x) {
-        constexpr float c[] = {0.001326472731307149f, 0.009671512991189957f, 0.05550733581185341f,
-                               0.24022242426872253f,  0.6931470036506653f,   1.0f};
-        return power_of_two(x, c);
-    }
+    static inline V exp2(V x) { return power_of_two(x, EXP2); }
 };
 
 #ifdef __AVX512BF16__
@@ -82,11 +80,8 @@ struct Half {
     static inline V multiply_add(V sum, V a, V b) {
         return (V)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
     }
-    // Within 8e-5 of itself, a twentieth of what is lost as it is rounded to bfloat16.
-    static inline V exp2(V x) {
-        constexpr float c[] = {0.05517144f, 0.24261081f, 0.69326099f, 0.99992809f};
-        return power_of_two(x, c);
-    }
+    // A twentieth of what is lost as it is rounded to bfloat16.
+    static inline V exp2(V x) { return power_of_two(x, ROUGH_EXP2); }
     // Two vectors rounded to bfloat16, each number of the one in a word with its fellow of the other.
     static inline V join(V first, V second) {
         static const uint16_t order[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,

@@ -6,6 +6,9 @@
 #include <cstdlib>
 #include <cstring>
 #include <limits>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
 
 #if defined(__AVX512F__)
 constexpr int W = 16;       // floats in a vector
@@ -23,6 +26,7 @@ typedef int32_t VI __attribute__((vector_size(4 * W)));
 typedef uint32_t VU __attribute__((vector_size(4 * W)));
 typedef uint16_t VH __attribute__((vector_size(2 * W)));
 
+constexpr float LOG2E = 1.44269504088896341f;
 constexpr float INF = std::numeric_limits<float>::infinity();
 
 static inline V all(float x) { return x - V{}; }  // x - 0 is x, so that it costs nothing; x + 0 is not, for -0
@@ -44,13 +48,19 @@ static inline V load(const uint16_t* p) {
     memcpy(&v, &u, sizeof v);
     return v;
 }
+// (Numbers below 2^-126 are zero to the processor's own instruction.)
 static inline void store(uint16_t* p, V v) {
+#ifdef __AVX512BF16__
+    const __m256bh h = _mm512_cvtneps_pbh((__m512)v);
+    memcpy(p, &h, sizeof h);
+#else
     VU u;
     memcpy(&u, &v, sizeof v);
     VU rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
     VU nan = (u >> 16) | 0x40u;
     VH h = __builtin_convertvector(v != v ? nan : rounded, VH);
     memcpy(p, &h, sizeof h);
+#endif
 }
 
 // The first n < W numbers of a vector; the others are zero, and are not written.
@@ -92,7 +102,7 @@ template <bool BELOW = false> static inline V exp2v(V x) {
     V y = p * scale;
     return x < all(-126.0f) ? V{} : y;
 }
-static inline V expv(V x) { return exp2v(x * all(1.44269504088896341f)); }
+static inline V expv(V x) { return exp2v(x * all(LOG2E)); }
 
 static inline float sum(V v) {
     float s = 0;
