@@ -145,6 +145,44 @@ class TimeEmbedding(nn.Module):
         return self.linear_2(self.act(self.linear_1(features)))
 
 
+# Place ----------------------------------------------------------------------------------------
+
+
+class Places(nn.Module):
+    r"""Where each pixel is, the same for all images: coordinates from -1 to 1 and their waves, mixed by a matrix.
+
+    y = W [u, v, sin(pi k u), cos(pi k u), sin(pi k v), cos(pi k v)] + b,    k = 1, 2, 4                  (6)
+
+    The coordinates are shares of the sides, so that a corner is the same corner in an image of another size.
+
+    Arguments:
+        channels: Channels of y.
+
+    Example:
+        >>> Places(8)(torch.zeros(2, 3, 4, 5)).shape
+        torch.Size([1, 8, 4, 5])
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.proj = Linear(2 + 4 * len(PLACE_WAVES), channels)
+
+    def forward(self, x: SizeOf) -> AnyImage:
+        """Return y (1, channels, H, W) for an image (B, C, H, W)."""
+        v, u = (2 * (torch.arange(n, device=x.device) + 0.5) / n - 1 for n in x.shape[2:])
+        waves = torch.cat([axis_waves(u).expand(len(v), -1, -1), axis_waves(v)[:, None].expand(-1, len(u), -1)], 2)
+        return self.proj(waves.to(self.proj.weight.dtype))[None].permute(0, 3, 1, 2)
+
+
+PLACE_WAVES = (1, 2, 4)
+
+
+def axis_waves(u: Float[Tensor, " n"]) -> Float[Tensor, "n w"]:
+    """Return a coordinate (n,) and its sines and cosines (n, 1 + 2 waves)."""
+    angles = math.pi * u[:, None] * torch.tensor(PLACE_WAVES, device=u.device)
+    return torch.cat([u[:, None], angles.sin(), angles.cos()], 1)
+
+
 # Labels ---------------------------------------------------------------------------------------
 
 
@@ -221,7 +259,7 @@ class Upsample(nn.Module):
 class ResidualBlock(nn.Module):
     r"""Two convolutions with the time between them, beside a shortcut.
 
-    h = conv_1(act(norm_1(x))),    y = (shortcut(x) + conv_2(drop(act(norm_2(h, emb))))) / scale_out,      (6)
+    h = conv_1(act(norm_1(x))),    y = (shortcut(x) + conv_2(drop(act(norm_2(h, emb))))) / scale_out,      (7)
 
     where the time is added, norm_2(h + W emb), or scales and shifts, norm_2(h) (1 + W_1 emb) + W_2 emb.
 

@@ -4,6 +4,9 @@ r"""The U-Net: down through the levels, across the bottom, and up again with wha
     x_0 = conv(x);  x_{l+1} = down_l(x_l, emb);  y_L = middle(x_L, emb);  y_l = up_l([y_{l+1}, x_l], emb)       (2)
     out = conv(silu(norm(y_0)))                                                                             (3)
 
+With positions, x_0 = conv(x) + W waves(place): convolutions see the edge of an image alone, and little of it in
+the middle, so that words for a place have nothing else to hold on to.
+
 Its parameters have the names and shapes of diffusers' UNet2DModel (with a context, of the layers of
 UNet2DConditionModel), so that weights go from one to the other as they are. It takes images of any size:
 an odd size is halved upwards, and the doubled image is cropped to what it came from.
@@ -23,6 +26,8 @@ References:
     https://arxiv.org/abs/2307.01952
     Latent Consistency Models (Luo et al., 2023), section 4.2, for the vector beside the time
     https://arxiv.org/abs/2310.04378
+    An Intriguing Failing of Convolutional Neural Networks and the CoordConv Solution (Liu et al., 2018)
+    https://arxiv.org/abs/1807.03247
 """
 
 from collections.abc import Iterator, Mapping
@@ -35,7 +40,7 @@ from jaxtyping import Float, Real
 from torch import Tensor, nn
 
 from reverie.base.errors import ModelFileError, UsageError
-from reverie.networks.layers import ACTIVATIONS, Fourier, GroupNorm, Sinusoids, TimeEmbedding, checked, zeroed
+from reverie.networks.layers import ACTIVATIONS, Fourier, GroupNorm, Places, Sinusoids, TimeEmbedding, checked, zeroed
 from reverie.networks.skip_blocks import SkipDownBlock, SkipUpBlock
 from reverie.networks.unet_blocks import Block, DownBlock, MiddleBlock, UpBlock
 from reverie.networks.unet_config import UNetConfig
@@ -101,6 +106,7 @@ class UNet(nn.Module):
         self.config = config
         first = config.channels[0]
         self.conv_in = nn.Conv2d(config.in_channels, first, 3, padding=1)
+        self.places = Places(first) if config.positions else None
         self.time_proj = self._time_features()
         features = 2 * first if config.time_embedding_type == "fourier" else first
         # diffusers' two classes differ here: the activation inside is SiLU in the one, the config's in the other.
@@ -195,6 +201,8 @@ class UNet(nn.Module):
         x = 2 * x - 1 if self.config.center_input_sample else x
         image: Tensor | None = x
         x = self.conv_in(x)
+        if self.places is not None:
+            x = x + self.places(x)
         skips = [x]
         deep = None if torch.compiler.is_compiling() else _DEEP.get()
         if deep is not None and deep.state is not None:

@@ -136,6 +136,8 @@ class UNetConfig(BaseModel):
     """Channels of a vector that is projected and added to the features of the time."""
     center_input_sample: bool = False
     """Take images in [0, 1] to [-1, 1] first."""
+    positions: bool = False
+    """Each pixel is told where in the image it is; diffusers has no such network."""
 
     down_block_types: tuple[DownBlockType, ...] = ()
     """The block of each level on the way down, for a plan that the settings above cannot say."""
@@ -562,6 +564,8 @@ def sentence(error: ValidationError, renamed: Mapping[str, str]) -> str:
 
 def _write(config: UNetConfig) -> dict[str, Any]:
     kind = "UNet2DModel" if config.context_dim is None else "UNet2DConditionModel"
+    if config.positions:
+        raise UsageError(f"positions: true is nothing that diffusers' {kind} can say")
     names = [name for name in DEFAULTS[kind] if RENAMED.get(name, name) in UNetConfig.model_fields]
     theirs = {"_class_name": kind} | {name: getattr(config, RENAMED.get(name, name)) for name in names}
     theirs |= {"down_block_types": config.down_types, "up_block_types": config.up_types}

@@ -233,7 +233,7 @@ def network_spec(unet: dict[str, Any], text: WordsSpec | None, preset: Preset) -
     # The words are looked at wherever 16 pixels a side or fewer are left, not on one level alone.
     levels = attending(len(unet["channels"]), max(unet["sample_size"]))
     unet = unet | {"attention": [level >= levels.index(True) if any(levels) else True for level in range(len(levels))]}
-    return captioned("unet", unet, text, 4 * preset.width)
+    return captioned("unet", unet | {"positions": True}, text, 4 * preset.width)
 
 
 def captioned(part: str, inner: dict[str, Any], text: WordsSpec, width: int) -> NetworkSpec:
