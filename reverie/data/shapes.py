@@ -242,7 +242,21 @@ def make_scene(seed: int, index: int, most_groups: int = 2, split: Split = "all"
         (True, 1)
     """
     random = generator(seed, "shapes", index)
-    groups = _draw_groups(random, int(random.integers(1, most_groups + 1)), split)
+    return arrange(random, _draw_groups(random, int(random.integers(1, most_groups + 1)), split))
+
+
+def arrange(random: np.random.Generator, groups: Sequence[Group]) -> Scene:
+    """Return a scene of some groups: what their words leave open, radii and centres, is drawn.
+
+    Arguments:
+        random: What it is drawn from.
+        groups: One, or two at different places and with different looks.
+
+    Example:
+        >>> group = Group(2, "small", "red", "star", "top left")
+        >>> arrange(generator(0), [group]).groups == (group,)
+        True
+    """
     radii = [float(random.uniform(*SIZES[group.size])) for group in groups]
     while True:
         shapes: list[Shape] = []

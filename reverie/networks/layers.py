@@ -167,7 +167,7 @@ class Places(nn.Module):
         super().__init__()
         self.proj = Linear(2 + 4 * len(PLACE_WAVES), channels)
 
-    def forward(self, x: SizeOf) -> AnyImage:
+    def forward(self, x: SizeOf) -> Float[Tensor, "1 c h2 w2"]:
         """Return y (1, channels, H, W) for an image (B, C, H, W)."""
         v, u = (2 * (torch.arange(n, device=x.device) + 0.5) / n - 1 for n in x.shape[2:])
         waves = torch.cat([axis_waves(u).expand(len(v), -1, -1), axis_waves(v)[:, None].expand(-1, len(u), -1)], 2)

@@ -56,7 +56,7 @@ class TrainConfig(RunConfig):
     head_dim: int | None = option("network", None, "channels of an attention head; from the preset", ge=1, le=1024)
     patch: int | None = option("network", None, "pixels a side of dit's patches; 16 patches a side", ge=1, le=64)
     dropout: float = option("network", 0.0, "dropout in the residual blocks", ge=0, lt=1)
-    time_scale_shift: bool = option("network", False, "time enters by scale and shift, not by addition")
+    time_scale_shift: bool = option("network", False, "time scales and shifts, instead of adding; so with captions")
     checkpointing: bool = option("network", False, "recompute activations in the backward pass: less memory, more time")
 
     schedule: str = option("diffusion", "cosine", "noise schedule: " + ", ".join(schedules))
@@ -115,11 +115,14 @@ class TrainConfig(RunConfig):
     @model_validator(mode="after")
     def settle(self) -> "TrainConfig":
         """Take what goes with the network, where nothing else is said."""
+        usual: dict[str, Any] = {}
         if self.network == "edm2":
             usual = EDM2 if self.objective == "simple" else EDM2 | {"uncertainty": False}
-            self.__dict__.update({name: value for name, value in usual.items() if name not in self.model_fields_set})
         if self.objective in SCORES:
-            self.__dict__.update({name: value for name, value in NCSN.items() if name not in self.model_fields_set})
+            usual = usual | NCSN
+        if self.captions and self.network == "unet":
+            usual = usual | {"time_scale_shift": True}
+        self.__dict__.update({name: value for name, value in usual.items() if name not in self.model_fields_set})
         return self
 
     @model_validator(mode="after")

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from reverie.networks.layers import (
     Downsample,
     Fourier,
+    Places,
     ResidualBlock,
     Sinusoids,
     attention,
@@ -81,6 +82,23 @@ def test_fourier_features(log):
     angle = 2 * math.pi * (time.log() if log else time)[:, None] * fourier.weight
     torch.testing.assert_close(fourier(time), torch.cat([angle.sin(), angle.cos()], 1), rtol=1e-4, atol=1e-4)
     assert not fourier.weight.requires_grad
+
+
+def test_places():
+    """Equation (6) at one pixel, and the same corners whatever the size."""
+    places = Places(3).double()
+    row, column, height, width = 2, 1, 4, 5
+    v, u = 2 * (row + 0.5) / height - 1, 2 * (column + 0.5) / width - 1
+    waves = [
+        [a, *(math.sin(math.pi * k * a) for k in (1, 2, 4)), *(math.cos(math.pi * k * a) for k in (1, 2, 4))]
+        for a in (u, v)
+    ]
+    expected = places.proj(torch.tensor(waves, dtype=torch.float64).flatten())
+    found = places(torch.zeros(2, 7, height, width))
+    assert found.shape == (1, 3, height, width)
+    torch.testing.assert_close(found[0, :, row, column], expected, atol=1e-5, rtol=1e-5)
+    large = places(torch.zeros(1, 1, 3 * height, 3 * width))  # the middle of 3x3 pixels is the pixel
+    torch.testing.assert_close(large[:, :, 1::3, 1::3], found, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (2, 5), (7, 4), (8, 8)])

@@ -64,6 +64,16 @@ def test_parameters_of_the_measured_network():
     assert sum(p.numel() for p in unet.parameters()) == 1_623_169
 
 
+def test_with_positions_a_place_is_known_far_from_every_edge():
+    """Of an even image, pixels in the middle that no edge reaches are all alike; told where they are, they differ."""
+    for positions, alike in ((False, True), (True, False)):
+        torch.manual_seed(0)
+        unet = UNet(UNetConfig(in_channels=1, channels=(8,), layers=1, middle="none", positions=positions)).eval()
+        torch.nn.init.normal_(unet.conv_out.weight)
+        middle = unet(torch.ones(1, 1, 24, 24), torch.zeros(1))[0, 0, 10:14, 10:14]
+        assert (float(middle.max() - middle.min()) < 1e-5) == alike
+
+
 def test_the_output_is_zero_before_training():
     unet = UNet(UNetConfig(**SMALL))
     assert not unet(images(unet, 8, 8).float(), torch.tensor([1.0, 2.0])).any()

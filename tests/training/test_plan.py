@@ -108,3 +108,17 @@ def test_a_transformer_reads_captions():
 def test_heads_that_do_not_divide_are_refused(digits):
     with pytest.raises(UsageError, match="do not divide into heads of 12"):
         plan(digits, network="dit", widths=(64,), head_dim=12)
+
+
+def test_captions_bring_positions_and_a_scaling_time():
+    """What a U-Net needs to put things where words say; a card from before has neither, and stays what it was."""
+    shapes = open_dataset("shapes:32,count=40")
+    network = plan(shapes, captions=True).card.network
+    assert network.name == "captioned"
+    assert network.config["unet"]["positions"]
+    assert network.config["unet"]["resnet_time_scale_shift"] == "scale_shift"
+    added = plan(shapes, captions=True, time_scale_shift=False).card.network.config["unet"]
+    assert added["resnet_time_scale_shift"] == "default"
+    alone = plan(shapes).card.network.config
+    assert "positions" not in alone
+    assert alone["resnet_time_scale_shift"] == "default"
