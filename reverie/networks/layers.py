@@ -149,29 +149,37 @@ class TimeEmbedding(nn.Module):
 
 
 class Places(nn.Module):
-    r"""Where each pixel is, the same for all images: coordinates from -1 to 1 and their waves, mixed by a matrix.
+    r"""Where each pixel is: coordinates from -1 to 1 and their waves, mixed by a matrix that the embedding changes.
 
-    y = W [u, v, sin(pi k u), cos(pi k u), sin(pi k v), cos(pi k v)] + b,    k = 1, 2, 4                  (6)
+    y = (W + M emb) [1, u, v, sin(pi k u), cos(pi k u), sin(pi k v), cos(pi k v)],    k = 1, 2, 4           (6)
 
-    The coordinates are shares of the sides, so that a corner is the same corner in an image of another size.
+    The coordinates are shares of the sides, so that a corner is the same corner in an image of another size. As
+    words meet places in a product, "left" has but to be learned as a factor of u; without M, what words for places
+    say has no first-order effect on what is drawn where, and training stands still for thousands of steps.
 
     Arguments:
         channels: Channels of y.
+        time_channels: Width of the embedding; M starts at zero.
 
     Example:
-        >>> Places(8)(torch.zeros(2, 3, 4, 5)).shape
-        torch.Size([1, 8, 4, 5])
+        >>> Places(8, 16)(torch.zeros(2, 3, 4, 5), torch.zeros(2, 16)).shape
+        torch.Size([2, 8, 4, 5])
     """
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, time_channels: int) -> None:
         super().__init__()
-        self.proj = Linear(2 + 4 * len(PLACE_WAVES), channels)
+        waves = 3 + 4 * len(PLACE_WAVES)
+        self.proj = Linear(waves, channels, bias=False)
+        self.told = zeroed(Linear(time_channels, waves * channels, bias=False))
 
-    def forward(self, x: SizeOf) -> Float[Tensor, "1 c h2 w2"]:
-        """Return y (1, channels, H, W) for an image (B, C, H, W)."""
+    def forward(self, x: SizeOf, emb: Float[Tensor, "b t"]) -> Float[Tensor, "b c h2 w2"]:
+        """Return y (B, channels, H, W) for images (B, C, H, W) and embeddings (B, time_channels)."""
         v, u = (2 * (torch.arange(n, device=x.device) + 0.5) / n - 1 for n in x.shape[2:])
-        waves = torch.cat([axis_waves(u).expand(len(v), -1, -1), axis_waves(v)[:, None].expand(-1, len(u), -1)], 2)
-        return self.proj(waves.to(self.proj.weight.dtype))[None].permute(0, 3, 1, 2)
+        one = torch.ones(len(v), len(u), 1, device=x.device)
+        waves = torch.cat([one, axis_waves(u).expand(len(v), -1, -1), axis_waves(v)[:, None].expand(-1, len(u), -1)], 2)
+        matrix = self.proj.weight + self.told(emb).unflatten(1, self.proj.weight.shape)
+        y = waves.to(matrix.dtype).flatten(0, 1) @ matrix.mT
+        return y.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
 
 
 PLACE_WAVES = (1, 2, 4)

@@ -4,8 +4,8 @@ r"""The U-Net: down through the levels, across the bottom, and up again with wha
     x_0 = conv(x);  x_{l+1} = down_l(x_l, emb);  y_L = middle(x_L, emb);  y_l = up_l([y_{l+1}, x_l], emb)       (2)
     out = conv(silu(norm(y_0)))                                                                             (3)
 
-With positions, x_0 = conv(x) + W waves(place): convolutions see the edge of an image alone, and little of it in
-the middle, so that words for a place have nothing else to hold on to.
+With positions, x_0 = conv(x) + (W + M emb) waves(place): convolutions see the edge of an image alone, and little of
+it in the middle, so that words for a place have nothing else to hold on to.
 
 Its parameters have the names and shapes of diffusers' UNet2DModel (with a context, of the layers of
 UNet2DConditionModel), so that weights go from one to the other as they are. It takes images of any size:
@@ -106,7 +106,7 @@ class UNet(nn.Module):
         self.config = config
         first = config.channels[0]
         self.conv_in = nn.Conv2d(config.in_channels, first, 3, padding=1)
-        self.places = Places(first) if config.positions else None
+        self.places = Places(first, config.time_channels) if config.positions else None
         self.time_proj = self._time_features()
         features = 2 * first if config.time_embedding_type == "fourier" else first
         # diffusers' two classes differ here: the activation inside is SiLU in the one, the config's in the other.
@@ -202,7 +202,7 @@ class UNet(nn.Module):
         image: Tensor | None = x
         x = self.conv_in(x)
         if self.places is not None:
-            x = x + self.places(x)
+            x = x + self.places(x, emb)
         skips = [x]
         deep = None if torch.compiler.is_compiling() else _DEEP.get()
         if deep is not None and deep.state is not None:

@@ -85,19 +85,21 @@ def test_fourier_features(log):
 
 
 def test_places():
-    """Equation (6) at one pixel, and the same corners whatever the size."""
-    places = Places(3).double()
-    row, column, height, width = 2, 1, 4, 5
+    """Equation (6) at one pixel, and the same places whatever the size."""
+    places = Places(3, 4).double()
+    assert not places.told.weight.any()
+    torch.nn.init.normal_(places.told.weight)
+    row, column, height, width, emb = 2, 1, 4, 5, randn(2, 4)
     v, u = 2 * (row + 0.5) / height - 1, 2 * (column + 0.5) / width - 1
-    waves = [
-        [a, *(math.sin(math.pi * k * a) for k in (1, 2, 4)), *(math.cos(math.pi * k * a) for k in (1, 2, 4))]
-        for a in (u, v)
-    ]
-    expected = places.proj(torch.tensor(waves, dtype=torch.float64).flatten())
-    found = places(torch.zeros(2, 7, height, width))
-    assert found.shape == (1, 3, height, width)
-    torch.testing.assert_close(found[0, :, row, column], expected, atol=1e-5, rtol=1e-5)
-    large = places(torch.zeros(1, 1, 3 * height, 3 * width))  # the middle of 3x3 pixels is the pixel
+    waves = [1.0]
+    for a in (u, v):
+        waves += [a, *(math.sin(math.pi * k * a) for k in (1, 2, 4)), *(math.cos(math.pi * k * a) for k in (1, 2, 4))]
+    matrix = places.proj.weight + (places.told.weight @ emb[1]).reshape(3, 15)
+    found = places(torch.zeros(2, 7, height, width), emb)
+    assert found.shape == (2, 3, height, width)
+    expected = matrix @ torch.tensor(waves, dtype=torch.float64)
+    torch.testing.assert_close(found[1, :, row, column], expected, atol=1e-5, rtol=1e-5)
+    large = places(torch.zeros(2, 1, 3 * height, 3 * width), emb)  # the middle of 3x3 pixels is the pixel
     torch.testing.assert_close(large[:, :, 1::3, 1::3], found, atol=1e-5, rtol=1e-5)
 
 
