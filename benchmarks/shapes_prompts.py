@@ -193,8 +193,8 @@ def main() -> None:
         training = model.card.training
         command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
         about = {"command": command, "machine": machine(), "versions": versions(PACKAGES)}
-        about["training"] = training.model_dump(mode="json") if training else None
-        result = {"prompts": len(groups), "rows": rows, "real": truth}
+        trained = training.model_dump(mode="json") if training else None
+        result = {"training": trained, "prompts": len(groups), "rows": rows, "real": truth}
         options.json.write_text(json.dumps(about | result, indent=1) + "\n")
 
 
