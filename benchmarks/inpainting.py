@@ -21,7 +21,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, UInt8
@@ -145,7 +145,8 @@ def main() -> None:
     side, groups = models["put back"].card.shape[-1], combinations()
     large = [group for group in groups if group.size == "large"]
     tasks = {"another": another(groups, side, options.seed), "crossing": crossing(large * 3, side, options.seed)}
-    rows, shown = [], []
+    rows: list[dict[str, Any]] = []
+    shown: list[list[Case]] = []
     for task, every in tasks.items():
         cases = every[: options.count]
         made = {
