@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from reverie.base.errors import ReverieError, Stopped, UsageError
 from reverie.cli.console import interactive, note, size
-from reverie.cli.options import plain
+from reverie.cli.options import flag, plain
 from reverie.models.footprint import weights_bytes, working_bytes
 from reverie.models.load import load
 from reverie.models.model import Model, Samples
@@ -229,9 +229,10 @@ def asked(ask: "SampleSettings | EvaluateSettings", bad: Model | None) -> dict[s
     options = named_options(ask.set_)
     options |= {name: value for name in ("eta", "variance") if (value := getattr(ask, name)) is not None}
     grid = list(ask.times) if ask.times else ask.grid
-    return {name: getattr(ask, name) for name in same} | options | {
-        "grid": grid, "bad": bad, "size": sides(ask.size),
-    }  # fmt: skip
+    request = {name: getattr(ask, name) for name in same} | {"grid": grid, "bad": bad, "size": sides(ask.size)}
+    if twice := sorted(request.keys() & options.keys()):
+        raise UsageError(f"--set {twice[0]}={options[twice[0]]}: that is {flag(twice[0])}")
+    return request | options
 
 
 def sides(text: str | None) -> tuple[int, int] | None:

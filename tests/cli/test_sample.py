@@ -450,3 +450,16 @@ def test_a_worse_model_guides_and_is_recorded(made, reverie, models):
 )
 def test_guidance_that_is_wrong_or_without_effect(refused, models, words, said):
     assert said in refused(2, "sample", models / "classes", *words)[0]
+
+
+def test_a_setting_that_has_a_flag_is_refused_by_that_flag(refused, models):
+    (line,) = refused(2, "sample", models / "plain", "--set", "size=16")
+    assert line == "--set size=16: that is --size"
+
+
+def test_langevins_step_size_is_not_the_pictures_size(reverie, models):
+    words = ("sample", models / "plain", "-n", 1, "--seed", 0, "--steps", 2, "--sampler", "langevin", "--json")
+    found = [json.loads(reverie(*words, "--set", f"step_size={size}").stdout) for size in (0.1, 0.4)]
+    assert [one["settings"]["options"]["step_size"] for one in found] == [0.1, 0.4]
+    one, other = (Path(made["files"][0]).read_bytes() for made in found)
+    assert one != other

@@ -2,7 +2,7 @@ r"""Langevin dynamics and the reverse-time SDE: NCSN, Euler-Maruyama, predictor-
 
 Annealed Langevin dynamics takes some steps of
 
-    x <- x + (e / 2) score + sqrt(e) z,    e = size * sigma_t^2 (of x / alpha),                       (1)
+    x <- x + (e / 2) score + sqrt(e) z,    e = step_size * sigma_t^2 (of x / alpha),                  (1)
 
 at each noise level before it goes on to the next as it is (NCSN does not rescale). The reverse-time SDE of
 dx = f x dt + g dw is
@@ -45,7 +45,7 @@ class AnnealedLangevin(Sampler):
 
     Arguments:
         moves: Langevin steps at each level, each an evaluation.
-        size: The step's size, as a share of the level's variance; below 2, or it diverges.
+        step_size: The step's size, as a share of the level's variance; below 2, or it diverges.
         denoise: End with the data estimate, one evaluation more, rather than with a noisy sample.
 
     Raises:
@@ -57,12 +57,14 @@ class AnnealedLangevin(Sampler):
     """
 
     moves: int = 5
-    size: float = 0.2
+    step_size: float = 0.2
     denoise: bool = True
 
     def __post_init__(self) -> None:
-        if self.moves < 1 or not 0 < self.size < 2:
-            raise UsageError(f"moves is {self.moves} and size {self.size}; moves is at least 1, size within (0, 2)")
+        if self.moves < 1 or not 0 < self.step_size < 2:
+            raise UsageError(
+                f"moves is {self.moves} and step_size {self.step_size}; moves is at least 1, step_size within (0, 2)"
+            )
 
     def cost(self, here: Level, there: Level) -> int:
         return self.moves + (self.denoise and not there.sigma)
@@ -93,8 +95,9 @@ class AnnealedLangevin(Sampler):
     def nudge(self, x: Data, estimate: Estimate, step: Step, z: Tensor) -> Data:
         """Return x after one Langevin step at its level: (1), with score = -E / sigma."""
         ones = [1.0] * len(step.here)
-        pull = [-self.size / 2 * a.sigma for a in step.here]
-        return weighted([(ones, x), (pull, estimate.eps), ([math.sqrt(self.size) * a.sigma for a in step.here], z)])
+        pull = [-self.step_size / 2 * a.sigma for a in step.here]
+        spread = [math.sqrt(self.step_size) * a.sigma for a in step.here]
+        return weighted([(ones, x), (pull, estimate.eps), (spread, z)])
 
 
 @dataclass(frozen=True)

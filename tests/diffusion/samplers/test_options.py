@@ -47,8 +47,8 @@ REFUSED = [
         for options in ({"low": 0.0}, {"low": 0.7}, {"low": NAN}, {"high": 0.1}, {"times": 0}, {"inner": 0})
     ),
     *(
-        ("langevin", options, r"moves is at least 1, size within \(0, 2\)")
-        for options in ({"moves": 0}, {"size": 0.0}, {"size": 2.0}, {"size": -0.1}, {"size": NAN})
+        ("langevin", options, r"moves is at least 1, step_size within \(0, 2\)")
+        for options in ({"moves": 0}, {"step_size": 0.0}, {"step_size": 2.0}, {"step_size": -0.1}, {"step_size": NAN})
     ),
     *(
         ("predictor-corrector", options, "they must be at least 1 and above 0")
@@ -61,7 +61,7 @@ ALLOWED = [
     *(("dpmpp-2s", {"r": 1.0}), ("dpmpp-2m", {"rule": "exact"}), ("unipc", {"order": 1, "rule": "half-h"})),
     *((name, {"order": value}) for name in ("deis", "lms", "pndm") for value in (1, 4)),
     *(("edm", {"churn": 0.0}), ("edm", {"churn_min": 1.0, "churn_max": 1.0}), ("restart", {"low": 0.1, "high": 0.11})),
-    *(("langevin", {"moves": 1, "size": 1.99}), ("predictor-corrector", {"corrections": 1, "snr": 1e-3})),
+    *(("langevin", {"moves": 1, "step_size": 1.99}), ("predictor-corrector", {"corrections": 1, "snr": 1e-3})),
 ]
 LOUD = [
     *("ddpm", "dpmpp-2m-sde", "dpmpp-3m-sde", "edm", "euler-ancestral", "dpm2-ancestral", "restart"),
