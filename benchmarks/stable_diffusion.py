@@ -1,10 +1,11 @@
 """One step of Stable Diffusion 1.5's U-Net at full size, ours beside diffusers', in one run.
 
-    python benchmarks/stable_diffusion.py --json stable.json
+    python benchmarks/stable_diffusion.py --dtype bfloat16 --json stable.json
 
-Random weights of the real architecture (859,520,964 numbers), the same in both; a guided step is a batch of 2 latents
-of 64x64. Turns alternate, the first of each is left out; relative error is to diffusers' float32. `--size` and
-`--width` make it smaller.
+Random weights of the real architecture (859,520,964 numbers), the same in all; a guided step is a batch of 2 latents
+of 64x64. `--dtype` is what all compute in: diffusers in eager PyTorch, OpenVINO by its hint, ours packed as `--speed
+fast` packs it. Turns alternate, the first of each is left out; relative error is to diffusers' float32. `--clock cpu`
+counts the processor's time instead of the wall's, where others use the machine. `--size` and `--width` make it smaller.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from pathlib import Path
 import torch
 from report import machine, table, versions
 
+from reverie.networks.packed import pack
 from reverie.networks.unet import UNet
 from reverie.networks.unet_config import UNetConfig
 
@@ -54,15 +56,18 @@ def build(config: dict) -> tuple[torch.nn.Module, torch.nn.Module]:
     return theirs, ours
 
 
-def openvino(network: torch.nn.Module, inputs: tuple[torch.Tensor, ...], threads: int) -> tuple[Callable, float] | None:
-    """Return OpenVINO's call of a network in float32, and the seconds that its preparation took; None without it."""
+def openvino(
+    network: torch.nn.Module, inputs: tuple[torch.Tensor, ...], dtype: torch.dtype, threads: int
+) -> tuple[Callable, float] | None:
+    """Return OpenVINO's call of a network in some dtype, and the seconds that its preparation took; None without it."""
     try:
         import openvino as ov
     except ImportError:
         return None
     began = time.perf_counter()
     model = ov.convert_model(Returns(network), example_input=inputs)
-    settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
+    hint = "bf16" if dtype == torch.bfloat16 else "f32"
+    settings = {"INFERENCE_PRECISION_HINT": hint, "INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
     compiled = ov.compile_model(model, "CPU", settings)
     seconds = time.perf_counter() - began
     arrays = [tensor.numpy() for tensor in inputs]
@@ -85,6 +90,8 @@ def main() -> None:
     """Run, print a table, write the JSON."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--size", type=int, default=64, help="latents a side")
     parser.add_argument("--width", type=int, default=320, help="channels of the first level")
@@ -97,24 +104,30 @@ def main() -> None:
     torch.manual_seed(1)
     x, when = torch.randn(2, 4, options.size, options.size), torch.tensor([500.0, 500.0])
     context = torch.randn(2, 77, 768)
-    peers: dict[str, Callable] = {
-        "diffusers": lambda: theirs(x, when, context, return_dict=False)[0],
-        "reverie": lambda: ours(x.to(memory_format=torch.channels_last), when, context=context),
-    }
-    ours.to(memory_format=torch.channels_last)
-    preparation = {}
-    if "openvino" not in options.without and (found := openvino(theirs, (x, when, context), options.threads)):
-        peers["openvino f32"], preparation["openvino f32"] = found
+    dtype = getattr(torch, options.dtype)
+    without, preparation = options.without.split(","), {}
     wanted = theirs(x, when, context, return_dict=False)[0]
-    peers = {name: call for name, call in peers.items() if name not in options.without.split(",")}
+    peers: dict[str, Callable] = {}
+    if "openvino" not in without and (found := openvino(theirs, (x, when, context), dtype, options.threads)):
+        peers["openvino"], preparation["openvino"] = found
+    began = time.perf_counter()
+    pack(ours.requires_grad_(False), dtype)
+    preparation["reverie"] = time.perf_counter() - began
+    peers["reverie"] = lambda: ours(x.to(memory_format=torch.channels_last), when, context=context)
+    if "diffusers" not in without:
+        theirs.to(dtype)
+        given = x.to(dtype), when, context.to(dtype)
+        peers["diffusers"] = lambda: theirs(*given, return_dict=False)[0]
     gc.collect()
     seconds: dict[str, list[float]] = {name: [] for name in peers}
     errors = {}
+    clock = time.perf_counter if options.clock == "wall" else time.process_time
     for _ in range(options.runs + 1):
         for name, call in peers.items():
-            began = time.perf_counter()
+            began = clock()
             y = call()
-            seconds[name].append(time.perf_counter() - began)
+            seconds[name].append(clock() - began)
+            print(f"{name} {seconds[name][-1]:.2f} s", file=sys.stderr, flush=True)
             errors[name] = float((y - wanted).norm() / wanted.norm())
     medians = {name: statistics.median(turns[1:]) for name, turns in seconds.items()}
     base = medians.get("diffusers", medians["reverie"])

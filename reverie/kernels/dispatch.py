@@ -97,7 +97,7 @@ def status() -> dict[str, str]:
 
     Example:
         >>> sorted(status())
-        ['attention', 'group norm', 'linear']
+        ['attention', 'gated units', 'group norm', 'linear']
     """
     from reverie.kernels.linear import by_convolution
 
@@ -108,7 +108,12 @@ def status() -> dict[str, str]:
     else:
         said = "PyTorch (" + (next(iter(candidates().values()), "") or "no AVX2 or AVX-512 here") + ")"
     convolution = mode() != "plain" and by_convolution()
-    return {"attention": said, "group norm": said, "linear": "oneDNN" if convolution else "PyTorch"}
+    return {
+        "attention": said,
+        "gated units": said,
+        "group norm": said,
+        "linear": "oneDNN" if convolution else "PyTorch",
+    }
 
 
 def fast(*tensors: Tensor | None, dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)) -> bool:

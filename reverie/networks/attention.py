@@ -25,12 +25,11 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from reverie.kernels import attention, linear, self_attention
+from reverie.kernels import attention, gated, linear, self_attention
 from reverie.networks.layers import GroupNorm, Image, Linear, Resized, SizeOf, zeroed
 
 Tokens = Float[Tensor, "b n c"]
@@ -205,8 +204,7 @@ class Gate(nn.Module):
         self.proj = Linear(channels, 2 * hidden)
 
     def forward(self, x: Tokens) -> Float[Tensor, "b n hidden"]:
-        hidden, gate = self.proj(x).chunk(2, -1)
-        return hidden * F.gelu(gate)
+        return gated(self.proj(x))
 
 
 class GatedMLP(nn.Module):

@@ -104,12 +104,16 @@ template <class N> static void rows(const typename N::Number* x, long token, lon
 // Rows [0, count) in words that go along the rows: `dim` of them for each STEP rows.
 template <class N> static void across_rows(const typename N::Number* x, long token, long count, long dim, float* to) {
     if constexpr (N::STEP == 1) return rows<N>(x, token, count, dim, to);
-    for (long j = 0; j < count; j += 2, to += dim) {
+    for (long j = 0; j + 1 < count; j += 2, to += dim) {
         const typename N::Number *a = x + j * token, *b = a + token;
         for (long d = 0; d < dim; d++) {
-            const uint32_t word = uint32_t(a[d]) | (j + 1 < count ? uint32_t(b[d]) << 16 : 0);
+            const uint32_t word = uint32_t(a[d]) | uint32_t(b[d]) << 16;
             memcpy(to + d, &word, sizeof word);
         }
+    }
+    for (long d = 0; count % 2 && d < dim; d++) {
+        const uint32_t word = uint32_t(x[(count - 1) * token + d]);
+        memcpy(to + d, &word, sizeof word);
     }
 }
 
@@ -236,10 +240,12 @@ template <class N> struct Forward {
 
     // Divide by the sums, as rows; and the logarithms of the sums.
     void end(typename N::Number* to, long token, float* lse) {
-        for (long c = 0; c < QB; c++) {
-            const bool nothing = total[c] == 0;
-            if (lse && c < count) lse[c] = nothing ? INF : level[c] + log2f(total[c]);
-            total[c] = nothing ? 0 : 1 / total[c];
+        for (long c = 0; c < QB; c += W) {
+            const V all_of_it = load(total + c);
+            const VI nothing = all_of_it == V{};
+            if (lse && c < count)
+                store_n(lse + c, nothing ? all(INF) : load(level + c) + log2v(all_of_it), count - c);
+            store(total + c, nothing ? V{} : all(1) / all_of_it);
         }
         columns_to_rows(out, count, dim, total, to, token);
     }

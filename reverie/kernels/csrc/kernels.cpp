@@ -1,5 +1,6 @@
 // The library's plain C interface. Every function returns 0, or 1 where there was no memory for its scratch.
 #include "attention.h"
+#include "gate.h"
 #include "norm.h"
 #ifdef _OPENMP
 #include <omp.h>
@@ -98,6 +99,16 @@ ATTENTION(Single, float, )
 #ifdef __AVX512BF16__
 ATTENTION(Half, uint16_t, _bfloat16)
 #endif
+
+API int reverie_gate(const void* x, int64_t rows, int64_t width, void* y, int bfloat16, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (long row = 0; row < rows; row++) {
+        const long from = 2 * row * width, to = row * width;
+        if (bfloat16) gate_row(static_cast<const uint16_t*>(x) + from, width, static_cast<uint16_t*>(y) + to);
+        else gate_row(static_cast<const float*>(x) + from, width, static_cast<float*>(y) + to);
+    }
+    return 0;
+}
 
 // How many channels a thread takes at once: all, or where there are fewer samples than threads, whole groups and
 // whole vectors of them. A channel's arithmetic is the same in any case.

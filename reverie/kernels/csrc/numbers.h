@@ -64,6 +64,20 @@ static inline void store_words(float* to, V first, V second) {
 }
 #endif
 
+// log2(x) within 2e-7 (of 1, or of itself where that is more), for normal x above 0; NaN stays NaN.
+static inline V log2v(V x) {
+    VI bits = (VI)x;
+    const VI whole = (bits - 0x3f3504f3) >> 23;  // so that the rest lies in [sqrt(1/2), sqrt(2))
+    const V rest = (V)(bits - (whole << 23));
+    const V f = (rest - all(1)) / (rest + all(1)), g = f * f;
+    V p = all(0.32059889798532f);  // 2 / ln 2 / 9, and on: the series of atanh
+    p = p * g + all(0.41219858312399f);
+    p = p * g + all(0.57707801635559f);
+    p = p * g + all(0.96179669392598f);
+    p = p * g + all(2.88539008177793f);
+    return __builtin_convertvector(whole, V) + p * f + (x - x);
+}
+
 struct Single {
     using Number = float;
     static constexpr int STEP = 1;  // numbers in a word
