@@ -1,8 +1,8 @@
 """Fast operators for the CPU, each with a plain twin in PyTorch that gives the same result within rounding.
 
-`attention`, `gated`, `group_norm` and `linear` choose between the two by what a call can be served with; `dispatch` says which
-are in use. The environment variable REVERIE_KERNELS decides otherwise: "plain" for PyTorch alone, "fast" to be refused
-where the library was not built.
+`attention`, `gated`, `group_norm` and `linear` choose between the two by what a call can be served with; `dispatch`
+says which are in use. The environment variable REVERIE_KERNELS decides otherwise: "plain" for PyTorch alone, "fast" to
+be refused where the library was not built.
 """
 
 from reverie.kernels.attention import attention, self_attention
