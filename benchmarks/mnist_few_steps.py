@@ -57,6 +57,7 @@ class Training:
     ways: dict[str, dict[str, Any]] = field(default_factory=lambda: MANY)
 
 
+SHOWN = 20  # samples of each in the picture of all
 SHARED: dict[str, Any] = {
     "labels": False, "held_out": 0, "sample_every": 0, "save_every": sys.maxsize, "log_every": 1,
     "dtype": "bfloat16", "batch_size": 32, "threads": 1,
@@ -70,17 +71,22 @@ STUDENT: dict[str, Any] = {
     "time_std": 1.8,
 }  # fmt: skip
 LATER: dict[str, Any] = STUDENT | {"time_mean": 0.6, "time_std": 1.6}  # more of the spans that begin at noise
-FEW: dict[str, dict[str, Any]] = {
-    "1": {"sampler": "consistency", "steps": 1},
-    "2": {"sampler": "consistency", "grid": (1.0, 0.8 / 80)},
-}
+
+
+def few(middle: float) -> dict[str, dict[str, Any]]:
+    """Return how a consistency model is sampled at one evaluation, and at two: by way of a noise level."""
+    one = {"sampler": "consistency", "steps": 1}
+    return {"1": one, "2": {"sampler": "consistency", "grid": (1.0, middle / 80)}}
+
+
 TRAININGS = {
     "ddpm": Training(3, UNET | {"schedule": "linear", "prediction": "eps"}),
     "edm": Training(3, UNET | {"schedule": "edm", "prediction": "edm", "times": "log-normal"}),
-    "edm2": Training(3, SCRATCH | SIZE | {"network": "edm2", "learning_rate": 0.02}),
+    # A few pictures are held out for `reverie ema --sweep`.
+    "edm2": Training(3, SCRATCH | SIZE | {"network": "edm2", "learning_rate": 0.02, "held_out": 0.002}),
     "flow": Training(3, UNET | {"schedule": "flow", "prediction": "velocity"}),
-    "distilled": Training(4, STUDENT | {"objective": "consistency"}, "edm", FEW),
-    "tuned": Training(4, STUDENT | {"objective": "easy-consistency", "stages": 5}, "edm", FEW),
+    "distilled": Training(4, STUDENT | {"objective": "consistency"}, "edm", few(1.3)),
+    "tuned": Training(4, STUDENT | {"objective": "easy-consistency", "stages": 5}, "edm", few(0.8)),
     "mean-flow": Training(4, LATER | {"objective": "mean-flow"}, "flow", {"1": {"steps": 1}, "2": {"steps": 2}}),
 }
 
@@ -154,6 +160,7 @@ def measure(name: str, trained: Trained, judge: Judge, options: argparse.Namespa
         print(f"{name}, {way}: {got.value:.2f} +- {got.standard_error:.2f}, {speed:.1f} images/s", flush=True)
         if options.save:
             save_grid(images[:100], options.save / f"{name}-{way}.png")
+            options.rows.append(images[:SHOWN])
     record = {"parameters": model.parameters, "teacher": TRAININGS[name].teacher, "ways": found}
     work = {"steps": trained.steps, "images": trained.images, "seconds": trained.seconds}
     return record | work | {"settings": {**SHARED, **TRAININGS[name].settings}}
@@ -176,7 +183,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--json", type=Path, help="write one object with everything to this file")
     add("--save", type=Path, help="write a grid of each one's samples into this folder")
     options = parser.parse_args(arguments)
-    options.only = options.only.split(",")
+    options.only, options.rows = options.only.split(","), []
     if unknown := [name for name in options.only if name not in TRAININGS]:
         parser.error(f"--only: there is no training {unknown[0]!r} (known: {', '.join(TRAININGS)})")
     return options
@@ -237,6 +244,8 @@ def main(arguments: Sequence[str]) -> int:
             result["trainings"][name] = measure(name, trained, judge, options)
             if options.json:
                 options.json.write_text(json.dumps(result, indent=1) + "\n")  # after each, so that none is lost
+    if options.rows:
+        save_grid(torch.cat(options.rows), options.save / "all.png", columns=SHOWN)
     print(show(result))
     return 0
 

@@ -26,7 +26,7 @@ from reverie.models.guiding import Worse
 from reverie.models.plan import SamplingPlan, make_plan
 from reverie.models.sampling import Intermediate, Progress, execute
 from reverie.models.speed import EXACT, Speed, refuse_packed
-from reverie.models.tasks import ROUNDS, Between, check_task, factor_of, shares
+from reverie.models.tasks import ROUNDS, Between, check_task, factor_of, shares, within
 
 RECORD_FORMAT = 1
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
@@ -382,6 +382,8 @@ class Model:
             x, passed = self.decoded(x), tuple(replace(one, x0=self.decoded(one.x0)) for one in passed)
         images = x.clamp(-1, 1) if self.card.kind == "image" else x
         record = self.record(plan)
+        if given is not None and given.known is not None:
+            images = within(given.known, x)
         if original is not None:
             images = original.pasted(images[:, :, : original.size[0], : original.size[1]])
             record["edit"] = original.record()

@@ -10,7 +10,7 @@ from reverie.models.card import Card, NetworkSpec, SamplingDefaults
 from reverie.models.model import Model
 from reverie.models.pictures import write_pictures
 from reverie.models.provenance import again, interpolated
-from reverie.models.tasks import agreement, known_of
+from reverie.models.tasks import agreement, known_of, within
 
 FEW = SamplingDefaults(sampler="consistency", grid="angle", steps=2)
 
@@ -54,6 +54,14 @@ def test_the_brightness_is_that_of_the_picture():
     assert inside.any()
     assert float(off[inside].max()) < 1e-5
     assert agreement(known, known.picture[None]) < 1e-6
+
+
+def test_a_picture_that_leaves_the_range_is_brought_back_and_still_agrees():
+    known = known_of("super-resolution", torch.full((1, 2, 2), -0.97), 4)
+    made = within(known, known.measurement.put(torch.randn(3, 1, 8, 8), known.y))
+    assert float(made.min()) == -1
+    assert agreement(known, made) < 0.25 / 127.5
+    assert agreement(known, known.measurement.put(torch.randn(3, 1, 8, 8), known.y).clamp(-1, 1)) > 0.1
 
 
 def test_inpainting_keeps_what_the_mask_leaves():
