@@ -171,7 +171,7 @@ def main() -> None:
     ]
     truth = assess(real(groups, options.each, model.card.shape[-1], options.seed), groups, options.each)
     rows, best = [], None
-    for w in map(float, options.guidance.split(",")):
+    for w in sorted(map(float, options.guidance.split(","))):
         images = drawn(model, groups, w, options.each, options.steps, options.seed)
         rows.append({"guidance": w, **assess(images, groups, options.each)})
         print(
