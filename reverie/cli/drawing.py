@@ -47,6 +47,8 @@ RECORDED = (
     "clip",
     "threshold",
     "size",
+    "upscale",
+    "upscale_strength",
     "dtype",
     "exact",
     "speed",
@@ -131,6 +133,7 @@ class Job:
         """Return the plan for some of the seeds."""
         return self.model.plan(
             len(seeds), seed=list(seeds), classes=self.classes_of(seeds), intermediates=intermediates,
+            upscale=self.settings.upscale, upscale_strength=self.settings.upscale_strength,
             **asked(self.settings, self.bad),
         )  # fmt: skip
 
@@ -151,7 +154,7 @@ class Job:
         for text in (self.settings.prompt, self.settings.negative_prompt):
             yield from self.model.conditioner.remarks(text) if text and self.model.conditioner else ()
         needed = memory_needed(self.planned(self.seeds[: self.plan.batch_size], self.frames))
-        needed += working_bytes(self.model.denoiser.network, self.model.codec, self.plan)
+        needed += working_bytes(self.model.denoiser.network, self.model.codec, self.plan.second or self.plan)
         if needed > LARGE:
             weights = size(weights_bytes(self.model.denoiser.network, self.model.codec))
             yield f"a batch of {self.plan.batch_size} takes about {size(needed)} of memory, beside {weights} of weights"
@@ -182,7 +185,9 @@ class Job:
     def draw(self, seeds: Sequence[int], tick: Tick) -> None:
         """Draw and write one batch."""
         plan = self.planned(seeds, 0 if self.files else self.frames)
-        samples = self.model.execute(plan, lambda progress: tick(progress, plan.steps))
+        samples = self.model.execute(
+            plan, lambda progress: tick(progress, plan.steps * (1 if plan.second is None else 2))
+        )
         self.files += write_pictures(samples, self.settings.out)
         if sum(map(len, self.kept)) < SHEET:
             self.kept.append(samples)

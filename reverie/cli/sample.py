@@ -73,6 +73,12 @@ class How(BaseModel):
     bad: str | None = setting("how", None, "a worse model, which guides this one")
     auto_guidance: float | None = setting("how", None, "weight of that guidance: 1 is none", allow_inf_nan=False)
     size: str | None = setting("how", None, "width x height in pixels, as 768x512, or one number for both")
+    upscale: int | None = setting(
+        "how", None, "draw again, so many times as high and wide, from the picture enlarged", ge=2, le=8
+    )
+    upscale_strength: float | None = setting(
+        "how", None, "how far back the enlarged picture is taken: 0.5 if not said", gt=0, le=1
+    )
     clip: bool | None = setting("how", None, "keep the estimate of the image within its range")
     threshold: float | None = setting("how", None, "dynamic thresholding at this quantile", gt=0, le=1)
 

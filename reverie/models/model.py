@@ -21,6 +21,7 @@ from reverie.models.card import Card
 from reverie.models.codec import Codec
 from reverie.models.conditioning import Conditioner, build_conditioner
 from reverie.models.editing import Original, Picture, give, outpainted, padded_size, read_original
+from reverie.models.enlarging import enlarged, with_second
 from reverie.models.footprint import working_bytes
 from reverie.models.guiding import Worse
 from reverie.models.plan import SamplingPlan, make_plan
@@ -142,7 +143,9 @@ class Model:
         factor = self.codec.factor if self.codec else 1
         if request.get("bad") is not None:
             request["bad"] = self.worse(request["bad"])
-        return make_plan(self.denoiser, self.card, n, factor=factor, speed=self.speed, **request)
+        larger = [request.pop(name, None) for name in ("upscale", "upscale_strength")]
+        plan = make_plan(self.denoiser, self.card, n, factor=factor, speed=self.speed, **request)
+        return with_second(plan, self.denoiser.schedule, *larger)
 
     def worse(self, bad: "Model | Path | str") -> Worse:
         """Return a model, or the one at a path, as the worse one that guides this one."""
@@ -191,6 +194,8 @@ class Model:
         exact: bool | None = None,
         dtype: str | torch.dtype | None = None,
         cache_every: int | None = None,
+        upscale: int | None = None,
+        upscale_strength: float | None = None,
         intermediates: int | Sequence[int] = 0,
         callback: Callable[[Progress], None] | None = None,
         **options: Any,
@@ -221,6 +226,8 @@ class Model:
                 the model was loaded with speed fast.
             dtype: What the network computes in: float32 or bfloat16.
             cache_every: Ask the lower levels of a U-Net at every N-th call alone; with speed fast.
+            upscale: How many times as high and wide the pictures are drawn again, in a second pass of as many steps.
+            upscale_strength: The time that the enlarged pictures are taken back to, in (0, 1]; 0.5, if not said.
             intermediates: Keep so many states on the way, evenly spaced, or those after the steps listed.
             callback: Called after every step; what it raises ends the sampling.
             options: The sampler's own options, such as eta for ddim and variance for ddpm, and the grid's.
@@ -234,7 +241,8 @@ class Model:
             n, seed=seed, classes=classes, prompt=prompt, negative_prompt=negative_prompt, sampler=sampler, steps=steps,
             grid=grid, guidance=guidance, guidance_interval=guidance_interval, guidance_rescale=guidance_rescale,
             perturbed=perturbed, auto_guidance=auto_guidance, bad=bad, clip=clip, threshold=threshold, size=size,
-            batch_size=batch_size, exact=exact, dtype=dtype, cache_every=cache_every, intermediates=intermediates,
+            batch_size=batch_size, exact=exact, dtype=dtype, cache_every=cache_every, upscale=upscale,
+            upscale_strength=upscale_strength, intermediates=intermediates,
             **options,
         )  # fmt: skip
         return self.execute(plan, callback)
@@ -316,6 +324,8 @@ class Model:
     ) -> "Samples":
         """Draw a sample for each share of the way between those of two seeds."""
         plan = self.plan(len(places), seed=[first] * len(places), **request)
+        if plan.second is not None:
+            raise UsageError("upscale has no effect on samples between two others; leave it out")
         beside = working_bytes(self.denoiser.network, self.codec, plan)
         noise = Between(plan.seeds, second, places)
         x, _ = execute(self.denoiser, plan, callback, self.conditioner, None, beside, noise)
@@ -377,6 +387,9 @@ class Model:
         given = None if original is None else give(original, self.codec, self.device, self.fills)
         beside = working_bytes(self.denoiser.network, self.codec, plan)
         x, passed = execute(self.denoiser, plan, callback, self.conditioner, given, beside)
+        if plan.second is not None:
+            beside = working_bytes(self.denoiser.network, self.codec, plan.second)
+            x = enlarged(self.denoiser, plan, x, callback, self.conditioner, beside)
         labels = None if plan.labels is None else torch.tensor(plan.labels)
         if self.codec is not None:
             x, passed = self.decoded(x), tuple(replace(one, x0=self.decoded(one.x0)) for one in passed)

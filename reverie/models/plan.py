@@ -57,6 +57,8 @@ SETTINGS = (
     "exact",
     "dtype",
     "cache_every",
+    "upscale",
+    "upscale_strength",
 )
 
 
@@ -106,6 +108,7 @@ class SamplingPlan:
         guided_calls: At how many of the calls there is guidance; all of them, where no interval is asked for.
         speed: How the model computes.
         cache_every: At every how many-th call all of the network is asked.
+        second: The pass that follows at a larger size; None for none.
     """
 
     shape: tuple[int, ...]
@@ -134,6 +137,7 @@ class SamplingPlan:
     guided_calls: int | None = None
     speed: Speed = EXACT
     cache_every: int = 1
+    second: "SamplingPlan | None" = None
 
     @property
     def n(self) -> int:
@@ -154,7 +158,8 @@ class SamplingPlan:
     def evaluations(self) -> int:
         """How often the network looks at each sample."""
         within = self.calls if self.guided_calls is None else self.guided_calls
-        return self.calls + within * (self.guided + self.guiding.further)
+        further = 0 if self.second is None else self.second.evaluations
+        return further + self.calls + within * (self.guided + self.guiding.further)
 
     @property
     def bucket(self) -> int | None:
@@ -180,6 +185,9 @@ class SamplingPlan:
         words += f", guidance {self.guidance}" if self.guidance is not None else ""
         words += self.guiding.words()
         words += f", the lower levels at every {self.cache_every}. call" if self.cache_every > 1 else ""
+        if self.second is not None:
+            height, width = self.second.size
+            words += f", and again at {width}x{height} from t = {self.second.strength:g}"
         least = "at least " if self.sampler.adaptive else ""
         return f"{words}: {least}{self.evaluations} evaluation{'s' * (self.evaluations != 1)} each"
 
@@ -207,6 +215,8 @@ class SamplingPlan:
             "threshold": self.threshold,
             "size": list(self.size) if self.size != (0, 0) else None,
             "strength": self.strength,
+            "upscale": None if self.second is None else self.second.size[0] // self.size[0],
+            "upscale_strength": None if self.second is None else self.second.strength,
             "dtype": next(name for name, dtype in DTYPES.items() if dtype == self.dtype),
             "exact": self.exact,
             "speed": self.speed.name,

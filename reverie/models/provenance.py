@@ -123,6 +123,8 @@ class Record(Part):
     threshold: float | None
     size: tuple[Annotated[int, Field(ge=1, le=MAX_SIDE)], Annotated[int, Field(ge=1, le=MAX_SIDE)]] | None = None
     strength: Annotated[float, Field(gt=0, le=1)] | None = None
+    upscale: Annotated[int, Field(ge=2, le=8)] | None = None
+    upscale_strength: Annotated[float, Field(gt=0, le=1)] | None = None
     edit: EditRecord | None = None
     between: tuple[Seed, Seed, Time] | None = None
     loras: tuple[LoraRecord, ...] = ()
@@ -490,6 +492,8 @@ def request(record: Record) -> dict[str, Any]:
         "dtype": record.dtype,
         "exact": record.exact,
         "cache_every": record.cache_every,
+        "upscale": record.upscale,
+        "upscale_strength": record.upscale_strength,
         "batch_size": record.batch_size,
         **record.options,
     }
