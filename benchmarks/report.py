@@ -2,6 +2,7 @@
 
 import os
 import platform
+import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -24,6 +25,14 @@ def machine() -> dict[str, object]:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
+
+
+def gpu_or_not() -> str:
+    """Return the device to measure on, "cuda" or "cpu", having said where there is no GPU."""
+    if torch.cuda.is_available():
+        return "cuda"
+    print("no GPU here: what follows is of the CPU", file=sys.stderr)
+    return "cpu"
 
 
 def processor() -> str:

@@ -124,12 +124,17 @@ def ours(name: str, kind: str, task: dict[str, Any], gate: Gate) -> tuple[list[f
 
 
 def begin_as_diffusers(run: Any, task: dict[str, Any]) -> None:
-    """Give a run the weights that diffusers' loop begins with, and its optimiser's settings."""
+    """Give a run the weights that diffusers' loop begins with, its norms' groups, its optimiser's settings."""
     import peers
     import torch
 
     torch.manual_seed(task["seed"])
-    run.network.load_state_dict(peers.small_unet(task["size"]).state_dict())
+    theirs = peers.small_unet(task["size"])
+    run.network.load_state_dict(theirs.state_dict())
+    groups = {name: norm.num_groups for name, norm in theirs.named_modules() if isinstance(norm, torch.nn.GroupNorm)}
+    for name, norm in run.network.named_modules():
+        if isinstance(norm, torch.nn.GroupNorm):
+            norm.num_groups = groups[name]
     for ema in run.emas:
         ema.load(run.network.state_dict())
     for group in run.update.optimizer.param_groups:
@@ -261,8 +266,13 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 def main(arguments: Sequence[str]) -> int:
     """Run the benchmark and return its exit code."""
     options = parse(arguments)
+    from report import gpu_or_not, machine, table, versions
+
+    from reverie.kernels.dispatch import status
+
     task = {"size": options.size, "batch": options.batch_size, "threads": options.threads}
     task |= {"learning_rate": options.learning_rate, "warmup": options.warmup, "seed": 0}
+    gpu_or_not()
     load = os.getloadavg()[0]
     rounds, skip = (options.curves, 0) if options.curves else (options.rounds, options.skip)
     found = measure(options.only, task, rounds, skip)
@@ -270,10 +280,6 @@ def main(arguments: Sequence[str]) -> int:
     for seed in range(1, options.seeds if options.curves else 1):
         for name, got in measure(options.only, task | {"seed": seed}, rounds, skip).items():
             curves[name].append(got["losses"])
-
-    from report import machine, table, versions
-
-    from reverie.kernels.dispatch import status
 
     reference = next((name for name in options.only if name.startswith("diffusers")), options.only[0])
     compared = ratios(found, reference)
