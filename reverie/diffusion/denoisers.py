@@ -10,7 +10,6 @@ an estimate (clipping, guidance, an inpainting rule) is a denoiser made of denoi
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -137,16 +136,28 @@ class NetworkDenoiser(Denoiser):
 
     def call(self, x: Data, time: Times, alpha: Times, sigma: Times, condition: Condition | None) -> Tensor:
         """Return the network's raw output at x, whose clock and scales are known already, its shape checked."""
-        inputs = self.prediction.inputs(x, alpha, sigma)
-        with nullcontext() if self.dtype is None else torch.autocast(x.device.type, self.dtype):
-            output = self.network(inputs, time, **(condition or {}))
+        return self.evaluate(self.prediction.inputs(x, alpha, sigma), time, condition)
+
+    def evaluate(self, x: Data, time: Times, condition: Condition | None = None) -> Tensor:
+        """Return the network's raw output at its own input (B, *D) and clock (B,), its shape checked."""
+        told = condition or {}
+        if self.dtype is None:
+            output: Tensor = self.network(x, time, **told)
+        else:
+            with torch.autocast(x.device.type, self.dtype):
+                output = self.network(x, time, **told)
+        if self.learned_variance or output.shape != x.shape:
+            self.check_shape(output, x)
+        return output
+
+    def check_shape(self, output: Tensor, x: Data) -> None:
+        """Refuse an output that has not the shape due."""
         due = (len(x), x.shape[1] * (2 if self.learned_variance else 1), *x.shape[2:])
         if output.shape != due:
             raise UsageError(
                 f"the network gives {tuple(output.shape)} for noisy data {tuple(x.shape)}, where {due} is due "
                 f"(learned_variance is {self.learned_variance}; it doubles the channels)"
             )
-        return output
 
 
 class Clipped(Denoiser):

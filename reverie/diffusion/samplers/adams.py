@@ -59,6 +59,7 @@ class Adams(Sampler):
 
     order: int = 3
     clock: ClassVar[Clock]
+    linear: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.order not in (1, 2, 3, 4):

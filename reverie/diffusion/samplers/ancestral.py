@@ -13,7 +13,7 @@ References:
 """
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -45,6 +45,7 @@ class DDPM(Sampler):
     """
 
     variance: Variance = "small"
+    linear: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.variance not in ("small", "large", "learned"):

@@ -84,11 +84,17 @@ class Sampler(ABC):
     """A rule that moves samples from time t to time s.
 
     `stochastic` says whether a step draws noise; `adaptive`, whether it calls the denoiser as often as it sees fit;
+    `linear`, whether all that a step makes is sums of what it is given, weighted by what the times say (linear.py);
     `tells`, what it tells the network beside the time, of which not every network knows.
     """
 
     adaptive: ClassVar[bool] = False
+    linear: ClassVar[bool] = False
     tells: ClassVar[tuple[str, ...]] = ()
+
+    def __init_subclass__(cls) -> None:
+        if "move" in vars(cls) and "linear" not in vars(cls):
+            cls.linear = False  # what was said of another's move is not said of this one
 
     def cost(self, here: Level, there: Level) -> int:
         """Return how often the denoiser is called in a step from one level to another; at least, if adaptive."""
@@ -187,21 +193,38 @@ def run(
         UsageError: The state is not where the grid starts.
         NonFiniteError: A step gave NaN or infinity; the message says which step, at what noise level.
     """
+    from reverie.diffusion.samplers.linear import recorded, walk
+
     grid = grid.to(state.t)
     if grid.shape[-1] < 2 or not bool((grid[..., 0] == state.t).all()):
         raise UsageError(
             f"the samples are at t = {state.t.tolist()}; a grid that begins there and has a next time is due, "
             f"not one of {grid.shape[-1]} times from {grid[..., :1].flatten().tolist()}"
         )
+    steps = recorded(sampler, denoiser, state, grid)
+    taken = (
+        one_by_one(sampler, denoiser, state, grid, noise)
+        if steps is None
+        else walk(steps, denoiser, state, grid, noise)
+    )
+    for after, finite in taken:
+        if not finite:
+            check_finite(after, denoiser.schedule, state)
+        state = after
+        yield state
+
+
+def one_by_one(
+    sampler: Sampler, denoiser: Denoiser, state: State, grid: Float[Tensor, "*b n"], noise: Noise
+) -> Iterator[tuple[State, bool]]:
+    """Yield the state after each step, which the sampler works out anew, and that it isn't known to be finite."""
     levels(denoiser.schedule, grid.unique().tolist())
     last = grid.shape[-1] - 1
     for k in range(1, last + 1):
-        before = state
         # Not around the yield: the caller's code between two steps keeps its gradients.
         with torch.no_grad():
             state = sampler.step(denoiser, state, grid[..., k], noise, last - k)
-        check_finite(state, denoiser.schedule, before)
-        yield state
+        yield state, False
 
 
 def check_finite(state: State, schedule: Schedule, before: State) -> None:

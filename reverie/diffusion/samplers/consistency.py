@@ -45,6 +45,7 @@ class Consistency(Sampler):
     """
 
     floor: float = 0.0
+    linear: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not 0 <= self.floor < math.inf:

@@ -15,6 +15,7 @@ References:
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from reverie.base.errors import UsageError
 from reverie.base.randomness import Noise
@@ -40,6 +41,7 @@ class DDIM(Sampler):
     """
 
     eta: float = 0.0
+    linear: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not 0 <= self.eta <= 1:

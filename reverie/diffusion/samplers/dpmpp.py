@@ -53,6 +53,7 @@ class DPMpp2M(Sampler):
     rule: Rule = "half"
     eta: float = 0.0
     order: ClassVar[int] = 2
+    linear: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.rule not in ("half", "exact"):
@@ -153,6 +154,7 @@ class DPMpp2S(Sampler):
     """
 
     r: float = 0.5
+    linear: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not 0 < self.r <= 1:
@@ -174,6 +176,8 @@ class DPMpp2S(Sampler):
 @dataclass(frozen=True)
 class DPMpp3S(Sampler):
     """DPM-Solver++(3S), third order, three evaluations a step, at 0, 1/3 and 2/3 of it on the clock lambda."""
+
+    linear: ClassVar[bool] = True
 
     def cost(self, here: Level, there: Level) -> int:
         return 3 if here.alpha and there.sigma else 1

@@ -25,6 +25,7 @@ References:
 
 import math
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -103,6 +104,8 @@ class AnnealedLangevin(Sampler):
 @dataclass(frozen=True)
 class EulerMaruyama(Sampler):
     """The reverse-time SDE (2) by Euler and Maruyama's rule, one evaluation a step."""
+
+    linear: ClassVar[bool] = True
 
     @property
     def stochastic(self) -> bool:

@@ -17,6 +17,7 @@ References:
 
 import math
 from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -103,6 +104,7 @@ class Learned(Sampler):
     """
 
     recipe: Recipe = field(default_factory=lambda: Recipe((0.0,), ((1.0,),)))
+    linear: ClassVar[bool] = True
 
     def remember(self, x: Data) -> dict[str, Tensor]:
         return History.empty(x, self.recipe.past)

@@ -25,6 +25,7 @@ References:
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -123,6 +124,8 @@ class Euler(Churned):
         False
     """
 
+    linear: ClassVar[bool] = True
+
     def move(self, denoiser: Denoiser, state: State, step: Step, noise: Noise) -> State:
         x, here = self.stir(denoiser, state, step, noise)
         estimate = ask(denoiser, x, [level.t for level in here])
@@ -137,6 +140,8 @@ class Heun(Churned):
         >>> Heun(churn=40.0).stochastic
         True
     """
+
+    linear: ClassVar[bool] = True
 
     def cost(self, here: Level, there: Level) -> int:
         return 2 if here.alpha and there.sigma else 1
@@ -192,6 +197,7 @@ class DPM2(Sampler):
     """
 
     eta: float = 0.0
+    linear: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not 0 <= self.eta <= 1:

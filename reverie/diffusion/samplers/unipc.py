@@ -16,6 +16,7 @@ References:
 """
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -54,6 +55,7 @@ class UniPC(Sampler):
     order: int = 3
     rule: Rule = "half"
     corrector: bool = True
+    linear: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.order not in (1, 2, 3):

@@ -1,5 +1,6 @@
 // The library's plain C interface. Every function returns 0, or 1 where there was no memory for its scratch.
 #include "attention.h"
+#include "blend.h"
 #include "gate.h"
 #include "norm.h"
 #ifdef _OPENMP
@@ -150,4 +151,22 @@ API int reverie_norm_backward(const Norm* n, const NormGradients* out, const voi
             norm_backward(*n, *out, static_cast<const float*>(x), static_cast<const float*>(dy),
                           static_cast<float*>(dx), b, from, to, scratch);
     });
+}
+
+// plan: the numbers of terms and of sums, and the weights. call: how many numbers a tensor has, the threads, and the
+// pointers to the terms, then to the sums. Few arguments: each costs as much as a thousand numbers. Returns 0 where every
+// sum is finite, else 1.
+API int reverie_blend(const int32_t* plan, const int64_t* call) {
+    const int terms = plan[0], sums = plan[1];
+    const auto weights = reinterpret_cast<const float*>(plan + 2);
+    const long count = call[0], threads = call[1];
+    const auto in = reinterpret_cast<const float* const*>(call + 2);
+    const auto out = reinterpret_cast<float* const*>(call + 2 + terms);
+    int bad = 0;
+#pragma omp parallel for num_threads(threads) schedule(static) reduction(| : bad) if (threads > 1 && count > BLEND_BLOCK)
+    for (long from = 0; from < count; from += BLEND_BLOCK) {
+        const long to = from + BLEND_BLOCK < count ? from + BLEND_BLOCK : count;
+        bad |= !BLENDS[terms - 1](from, to, sums, weights, in, out);
+    }
+    return bad;
 }

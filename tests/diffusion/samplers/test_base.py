@@ -77,8 +77,8 @@ def test_rows_leave_and_join(sampler, mixture):
         state, alive = state.rows(stay), [alive[row] for row in stay]
         if not alive:
             break
-    for i, x in enumerate(want):
-        torch.testing.assert_close(done[i], x[0], rtol=1e-5, atol=1e-6)
+    for i, x in enumerate(want):  # by recorded steps, whose rounding is another
+        torch.testing.assert_close(done[i], x[0], rtol=1e-4, atol=1e-5)
 
 
 def test_a_saved_state_goes_on_as_if_nothing_had_happened(sampler, mixture):
