@@ -1,24 +1,28 @@
 r"""Error against the exact probability-flow ODE, by number of evaluations: ours beside diffusers and k-diffusion.
 
-    python benchmarks/solvers.py --json solvers.json
+    python benchmarks/solvers.py --peers FOLDER --json solvers.json
 
-solves the ODE of mixtures of Gaussians in 2, 64 and 3072 dimensions, under the linear table of 1000 betas, from some
-hundred starts, in float64, with an exact denoiser. The truth is Dormand and Prince's rule at a tolerance of 1e-9 from
-t = 1 to the table's first timestep, and the denoiser's estimate there. Every deterministic scheduler of diffusers and
-every deterministic sampler of k-diffusion is run with every spacing that it has, with as many evaluations or fewer,
-and the best of them in each column is what ours is set beside, whichever that is: one number for the median, one for
-the root mean square, over the starts, of the error's norm divided by the root of the dimension.
+solves the ODE of mixtures of Gaussians in 2, 64 and 3072 dimensions, under the linear table of 1000 betas, from 1024
+starts of each of eight mixtures, in float64, with an exact denoiser. Many dimensions are folded: estimates are sums of
+the means and of x, so that a dozen coordinates hold all that a solver does, to rounding (RoundMixture.folded). The
+truth is Dormand and Prince's rule at a tolerance of 1e-9 from t = 1 to the table's first timestep, and the denoiser's
+estimate there. Every deterministic scheduler of diffusers and sampler of k-diffusion is run with every
+spacing that it has, with as many evaluations or fewer, and the best of them in each column, on the same starts, is what
+ours is set beside, whichever that is: one number for the median, one for the root mean square, over the starts, of the
+error's norm divided by the root of the dimension. Beside each ratio stands the interval in which nine of ten lie that
+are drawn from the same starts anew: the root mean square is that of the few starts in a thousand that end in the wrong
+mode.
 
 k-diffusion takes part where `pip install --no-deps k-diffusion` has put it: only its module of samplers is read.
 
 ours:   auto     what `--sampler auto` takes for a model that it knows nothing of
-        tuned    `tune` on these mixtures, from other starts
-        unseen   the same solver on mixtures that it was not tuned on
+        tuned    `tune` on the first four mixtures, from other starts
+        unseen   the same solver on the other four, which it was not tuned on
 """
 
 import argparse
+import dataclasses
 import json
-import math
 import shlex
 import sys
 import time
@@ -30,37 +34,64 @@ from report import machine, table, versions
 from solver_peers import Solve, diffusers_solvers, k_diffusion_solvers
 from torch import Tensor
 
-from reverie.base.randomness import Noise, normal
+from reverie.base.randomness import normal
 from reverie.diffusion.denoisers import Denoiser
 from reverie.diffusion.grids import uniform_log_snr
+from reverie.diffusion.oracle_stack import MixtureStack
 from reverie.diffusion.oracles import random_mixture
+from reverie.diffusion.polish import follow
 from reverie.diffusion.recipes import general
 from reverie.diffusion.runge_kutta_pair import integrate
-from reverie.diffusion.samplers.base import run
-from reverie.diffusion.samplers.learned import Learned, Recipe
+from reverie.diffusion.samplers.learned import Recipe, as_recipe
 from reverie.diffusion.samplers.unipc import UniPC
+from reverie.diffusion.schedules import Schedule
 from reverie.diffusion.schedules import table as make_table
-from reverie.diffusion.tuning import trajectories, tune
+from reverie.diffusion.trajectories import Trajectories, trajectories
+from reverie.diffusion.tuning import judged, published, tune
 
 PACKAGES = ("reverie", "torch", "numpy", "diffusers", "k-diffusion")
 NFES = (4, 5, 6, 8, 10, 15, 20, 30, 50)
-STARTS = {2: 512, 64: 512, 3072: 128}
-TUNED_ON, UNSEEN = (0, 1), (100, 101)  # seeds of the mixtures
-TRAINING = {2: 128, 64: 64, 3072: 16}  # starts that a solver is tuned from, for each mixture
+TUNED_ON, UNSEEN = (0, 1, 2, 3), (100, 101, 102, 103)  # seeds of the mixtures
+TRAINING = 192  # starts of each mixture that a solver is tuned from; as many again it is chosen by
+DRAWS = 300  # of the starts, for an interval
 
 
-class Case:
-    """A mixture, its starts, and where the exact ODE takes them."""
+class Starts:
+    """Starts of some mixtures of one dimension, and where the exact ODE takes them.
 
-    def __init__(self, dimension: int, seed: int, starts: int) -> None:
-        self.denoiser = random_mixture(dimension, seed, make_table("linear"))
-        self.dimension = dimension
-        self.x = normal((starts, dimension), seed, "solvers").double()
+    Arguments:
+        dimension: The dimension.
+        seeds: The mixtures' seeds.
+        count: Starts of each.
+        purpose: What they are drawn for.
+        folder: Where the truth is kept, and read again.
+    """
+
+    def __init__(
+        self, dimension: int, seeds: tuple[int, ...], count: int, purpose: str, folder: Path | None = None
+    ) -> None:
+        drawn = [normal((count, dimension), seed, purpose).double() for seed in seeds]
+        mixtures = [random_mixture(dimension, seed, make_table("linear")) for seed in seeds]
+        folded = [mixture.folded(x) for mixture, x in zip(mixtures, drawn, strict=True)]
+        self.denoiser = MixtureStack([mixture for mixture, _ in folded])
+        self.x, self.dimension = torch.cat([x for _, x in folded]), dimension
+        kept = None if folder is None else folder / f"truth-{purpose}-{dimension}-{len(self.x)}.pt"
+        if kept is not None and kept.exists():
+            self.truth = torch.load(kept, weights_only=True)
+            return
         self.truth = exact(self.denoiser, self.x)
+        if kept is not None:
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(self.truth, kept)
 
-    def errors(self, end: Tensor) -> Tensor:
+    def errors(self, solve: Solve, evaluations: int) -> Tensor:
         """Return the error of each start (B,)."""
-        return (end.double() - self.truth).square().mean(1).sqrt()
+        end = solve(self.denoiser, self.x, evaluations).double()
+        return ((end - self.truth).square().sum(1) / self.dimension).sqrt()
+
+    def to_fit(self) -> Trajectories:
+        """Return the trajectories, as `tune` takes them."""
+        return dataclasses.replace(trajectories(self.denoiser, self.x), end=self.truth, numbers=self.dimension)
 
 
 def exact(denoiser: Denoiser, x: Tensor) -> Tensor:
@@ -82,91 +113,114 @@ def fitted(recipe: Recipe) -> Solve:
     """Return a function that solves by a recipe."""
 
     def solve(denoiser: Denoiser, x: Tensor, evaluations: int) -> Tensor:
-        sampler = Learned(recipe)
-        *_, last = run(sampler, denoiser, sampler.init(x, 1.0), recipe.grid(denoiser.schedule), Noise(range(len(x))))
-        return last.x
+        return follow(Trajectories(denoiser, [], x[None], x[None], x), recipe).x[-1]
 
     return solve
 
 
-def automatic(denoiser: Denoiser, x: Tensor, evaluations: int) -> Tensor:
-    """Solve as `--sampler auto` does without tuning."""
-    recipe = general(denoiser.schedule, evaluations, x[0].numel())
-    if recipe is not None:
-        return fitted(recipe)(denoiser, x, evaluations)
-    sampler, grid = UniPC(), uniform_log_snr(denoiser.schedule, evaluations)
-    *_, last = run(sampler, denoiser, sampler.init(x, 1.0), grid, Noise(range(len(x))))
-    return last.x
+def automatic(dimension: int) -> Solve:
+    """Return a function that solves as `--sampler auto` does without tuning."""
+
+    def solve(denoiser: Denoiser, x: Tensor, evaluations: int) -> Tensor:
+        return fitted(general_recipe(denoiser.schedule, evaluations, dimension))(denoiser, x, evaluations)
+
+    return solve
 
 
-def measure(cases: list[Case], solve: Solve, evaluations: int) -> tuple[float, float]:
-    """Return the median and the root mean square of the errors, over all starts of all cases."""
-    errors = torch.cat([case.errors(solve(case.denoiser, case.x, evaluations)) for case in cases])
-    if not bool(errors.isfinite().all()):
-        return math.inf, math.inf
-    return errors.median().item(), errors.square().mean().sqrt().item()
+def general_recipe(schedule: Schedule, evaluations: int, dimension: int) -> Recipe:
+    """Return the recipe that comes with the package; where there is none UniPC's, on which `auto` falls back."""
+    ready = general(schedule, evaluations, dimension)
+    return as_recipe(UniPC(), schedule, uniform_log_snr(schedule, evaluations)) if ready is None else ready
 
 
-def tuned_recipe(dimension: int, evaluations: int, walks: int | None, cache: dict[int, Any]) -> Recipe:
-    """Return the recipe that `tune` finds on the mixtures, from starts that are judged nowhere."""
-    if dimension not in cache:
-        mixtures = [random_mixture(dimension, seed, make_table("linear")) for seed in TUNED_ON]
-        shape = (TRAINING[dimension], dimension)
-        starts = [normal(shape, seed, "tuning").double() for seed in TUNED_ON]
-        cache[dimension] = [trajectories(m, x) for m, x in zip(mixtures, starts, strict=True)]
-    return tune(cache[dimension], evaluations, walks or max(60, 10 * evaluations))[0]
+def tuned_recipe(fitting: Trajectories, judging: Trajectories, evaluations: int, options: argparse.Namespace) -> Recipe:
+    """Return the recipe that is found on one set and chosen, among it and what there was before, on the other."""
+    more = [general_recipe(fitting.denoiser.schedule, evaluations, fitting.numbers)]
+    found, _ = tune([fitting], evaluations, options.walks, options.rounds, more=more)
+    return judged([judging], [found, *more, *published([judging], evaluations)])[0][0]
 
 
-def column(
-    dimension: int, nfe: int, cases: dict[str, list[Case]], walks: int | None, cache: dict[int, Any]
-) -> dict[str, Any]:
-    """Return one column of a table: the best peers and ours."""
-    peers: dict[str, tuple[float, float]] = {}
+def peer_errors(starts: Starts, evaluations: int, folder: Path | None) -> dict[str, Tensor]:
+    """Return the errors of each peer that can do so few evaluations, by name; from the folder where they are there."""
+    kept = None if folder is None else folder / f"peers-{starts.dimension}-{evaluations}-{len(starts.x)}.pt"
+    if kept is not None and kept.exists():
+        known: dict[str, Tensor] = torch.load(kept, weights_only=True)
+        return known
+    found = {}
     for name, solve in [*diffusers_solvers(), *k_diffusion_solvers()]:
         try:
-            peers[name] = measure(cases["known"], solve, nfe)
+            errors = starts.errors(solve, evaluations)
         except Exception as error:  # a scheduler that cannot do so few steps, or with this spacing
-            peers[name] = (math.inf, math.inf)
-            print(f"  {dimension}-D, {nfe}: {name}: {str(error).splitlines()[0][:90]}", file=sys.stderr)
-    unseen_peers = {name: measure(cases["unseen"], solve, nfe) for name, solve in best_solvers(peers)}
-    recipe = tuned_recipe(dimension, nfe, walks, cache)
-    ours = {
-        "auto": measure(cases["known"], automatic, nfe),
-        "tuned": measure(cases["known"], fitted(recipe), nfe),
-        "unseen": measure(cases["unseen"], fitted(recipe), nfe),
-        "auto unseen": measure(cases["unseen"], automatic, nfe),
-    }
-    found: dict[str, Any] = {"dimension": dimension, "evaluations": nfe, "ours": ours, "peers": peers}
-    for i, word in enumerate(("median", "rms")):
-        best = min(peers, key=lambda name: peers[name][i])
-        found[word] = {
-            "best peer": best,
-            "peer": peers[best][i],
-            "peer unseen": min(row[i] for row in unseen_peers.values()),
-        } | {name: row[i] for name, row in ours.items()}
+            print(f"  {starts.dimension}-D, {evaluations}: {name}: {str(error).splitlines()[0][:90]}", file=sys.stderr)
+            continue
+        if bool(errors.isfinite().all()):
+            found[name] = errors.float()
+    if kept is not None:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(found, kept)
     return found
 
 
-def best_solvers(peers: dict[str, tuple[float, float]], keep: int = 8) -> list[tuple[str, Solve]]:
-    """Return the peers among the best few in either number."""
-    names = {name for i in (0, 1) for name in sorted(peers, key=lambda name: peers[name][i])[:keep]}
-    return [(name, solve) for name, solve in [*diffusers_solvers(), *k_diffusion_solvers()] if name in names]
+# Two numbers, and how sure they are -----------------------------------------------------------------
+
+
+def rms(errors: Tensor) -> Tensor:
+    """Return the root mean square (...) of errors (..., B)."""
+    return errors.double().square().mean(-1).sqrt()
+
+
+STATISTICS = {"median": lambda errors: errors.double().median(-1).values, "rms": rms}
+
+
+def beside(word: str, peers: dict[str, Tensor], own: Tensor) -> dict[str, Any]:
+    """Return ours beside the best peer by one number: both, how many times as far the peer is, and the interval."""
+    statistic = STATISTICS[word]
+    values = {name: statistic(errors).item() for name, errors in peers.items()}
+    best = min(values, key=lambda name: values[name])
+    index = torch.randint(len(own), (DRAWS, len(own)), generator=torch.Generator().manual_seed(0))
+    drawn = statistic(peers[best][index]) / statistic(own[index])
+    low, high = drawn.quantile(torch.tensor([0.05, 0.95], dtype=torch.float64)).tolist()
+    mine = statistic(own).item()
+    return {"best peer": best, "peer": values[best], "own": mine, "ratio": values[best] / mine, "interval": [low, high]}
+
+
+def column(starts: Starts, nfe: int, recipe: Recipe | None, folder: Path | None) -> dict[str, Any]:
+    """Return one column of a table: ours beside the best peers, on the mixtures tuned on and on the others."""
+    peers, half = peer_errors(starts, nfe, folder), len(starts.x) // 2
+    parts = {"known": slice(0, half), "unseen": slice(half, None), "all": slice(None)}
+    pairs = {"auto": (starts.errors(automatic(starts.dimension), nfe), "all")}
+    if recipe is not None:
+        tuned = starts.errors(fitted(recipe), nfe)
+        pairs |= {"tuned": (tuned, "known"), "unseen": (tuned, "unseen")}
+    found: dict[str, Any] = {"dimension": starts.dimension, "evaluations": nfe}
+    for word in STATISTICS:
+        found[word] = {
+            name: beside(word, {peer: errors[parts[part]] for peer, errors in peers.items()}, own[parts[part]])
+            for name, (own, part) in pairs.items()
+        }
+    return found
 
 
 def show(rows: list[dict[str, Any]], word: str) -> str:
     """Return a table of one number, a line for each column."""
-    head = ["dim", "evaluations", "best peer", "peer", "auto", "x", "tuned", "x", "peer, unseen", "unseen", "x"]
+    head = ["dim", "evaluations", "best peer", "its error"]
+    head += ["auto", "x", "tuned", "x", "unseen", "x"]
     lines = []
     for row in rows:
         found = row[word]
-        ratio = lambda peer, own: f"{peer / own:.1f}" if own else "inf"  # noqa: E731
-        lines.append([
-            row["dimension"], row["evaluations"], found["best peer"].replace("Scheduler", ""), f"{found['peer']:.5f}",
-            f"{found['auto']:.5f}", ratio(found["peer"], found["auto"]),
-            f"{found['tuned']:.5f}", ratio(found["peer"], found["tuned"]),
-            f"{found['peer unseen']:.5f}", f"{found['unseen']:.5f}", ratio(found["peer unseen"], found["unseen"]),
-        ])  # fmt: skip
-    return table(head, [[str(cell) for cell in line] for line in lines])
+        line = [row["dimension"], row["evaluations"], short(found["auto"]["best peer"]), f"{found['auto']['peer']:.5f}"]
+        for one in (found.get(name) for name in ("auto", "tuned", "unseen")):
+            ratio = "{:.1f} ({:.1f}-{:.1f})".format(one["ratio"], *one["interval"]) if one else ""
+            line += [f"{one['own']:.5f}" if one else "", ratio]
+        lines.append([str(cell) for cell in line])
+    return table(head, lines)
+
+
+def short(name: str) -> str:
+    """Return a peer's name as a table has room for it."""
+    for long, word in {"Scheduler": "", "Multistep": "", "use_": "", "_sigmas": "", "_lambdas linspace": ""}.items():
+        name = name.replace(long, word)
+    return name
 
 
 def main() -> None:
@@ -174,32 +228,36 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--dimensions", default="2,64,3072", help="with commas")
     parser.add_argument("--evaluations", default=",".join(map(str, NFES)), help="with commas")
-    parser.add_argument("--walks", type=int, help="candidate grids that tune may try (default: as reverie tune)")
-    parser.add_argument("--starts", type=int, help="starts of each mixture (default: 512; 128 in 3072 dimensions)")
+    parser.add_argument("--walks", type=int, default=10, help="candidate grids that tune may try")
+    parser.add_argument("--rounds", type=int, default=12, help="rounds of polishing")
+    parser.add_argument("--starts", type=int, default=1024, help="starts of each mixture")
+    parser.add_argument("--most", type=int, default=20, help="evaluations up to which a solver is tuned")
+    parser.add_argument("--peers", type=Path, help="a folder where the truth and the peers' errors are kept, and read")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_grad_enabled(False)
-    began, rows, cache = time.perf_counter(), [], {}
+    began, rows = time.perf_counter(), []
     for dimension in map(int, options.dimensions.split(",")):
-        starts = options.starts or STARTS[dimension]
-        cases = {
-            "known": [Case(dimension, seed, starts) for seed in TUNED_ON],
-            "unseen": [Case(dimension, seed, starts) for seed in UNSEEN],
-        }
-        for nfe in map(int, options.evaluations.split(",")):
-            rows.append(column(dimension, nfe, cases, options.walks, cache))
-            found = rows[-1]
-            word = f"{dimension}-D, {nfe} evaluations, {time.perf_counter() - began:.0f} s"
-            print(f"{word}: median {brief(found['median'])}; rms {brief(found['rms'])}", file=sys.stderr)
+        starts = Starts(dimension, (*TUNED_ON, *UNSEEN), options.starts, "solvers", options.peers)
+        nfes = [int(word) for word in options.evaluations.split(",")]
+        words = ("tuning", "choosing") if min(nfes) <= options.most else ()
+        sets = [Starts(dimension, TUNED_ON, TRAINING, word).to_fit() for word in words]
+        for nfe in nfes:
+            recipe = tuned_recipe(sets[0], sets[1], nfe, options) if nfe <= options.most else None
+            rows.append(column(starts, nfe, recipe, options.peers))
+            print(f"{dimension}-D, {nfe}, {time.perf_counter() - began:.0f} s: {brief(rows[-1])}", file=sys.stderr)
             if options.json:
                 write(options.json, rows, options)
-    for word in ("median", "rms"):
+    for word in STATISTICS:
         print(f"\n{word} error\n\n{show(rows, word)}")
 
 
-def brief(found: dict[str, Any]) -> str:
+def brief(row: dict[str, Any]) -> str:
     """Return a column in a few words."""
-    return " ".join(f"{name} {found[name]:.5f}" for name in ("peer", "auto", "tuned", "unseen"))
+    words = [
+        f"{word} " + " ".join(f"{name} {one['ratio']:.1f}" for name, one in row[word].items()) for word in STATISTICS
+    ]
+    return "; ".join(words)
 
 
 def write(path: Path, rows: list[dict[str, Any]], options: argparse.Namespace) -> None:

@@ -19,9 +19,8 @@ class TuneSettings(BaseModel):
     store: bool = setting("what", True, "keep it in the model's card, for --sampler auto")
 
     samples: int | None = setting("effort", None, "trajectories to fit to; by their size", ge=2, le=10_000)
-    walks: int | None = setting(
-        "effort", None, "candidate grids; ten times as many as steps, at least 60", ge=1, le=100_000
-    )
+    walks: int | None = setting("effort", None, "candidate grids; 20", ge=1, le=100_000)
+    rounds: int | None = setting("effort", None, "rounds of polishing; 12, fewer for many steps", ge=0, le=10_000)
     seed: int = setting("effort", 0, "seed of the trajectories", ge=0, le=2**31)
     device: str = setting("effort", "auto", "auto, cpu, cuda or cuda:N")
     threads: int | None = setting("effort", None, "threads that compute; torch's own number", ge=1, le=1024)

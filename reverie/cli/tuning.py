@@ -28,7 +28,7 @@ def tune(settings: "TuneSettings", path: str) -> dict[str, Any]:
     try:
         found = tune_model(
             model, settings.steps, guidance=settings.guidance, samples=settings.samples, walks=settings.walks,
-            seed=settings.seed, report=stages,
+            rounds=settings.rounds, seed=settings.seed, report=stages,
         )  # fmt: skip
     except KeyboardInterrupt as stop:
         raise Stopped("stopped; nothing was stored", 2) from stop

@@ -228,13 +228,20 @@ class RoundMixture(Mixture):
         stds: Standard deviations (K,).
         weights: Component weights (K,), positive.
         schedule: The noise schedule.
+        numbers: How many numbers the data has, where these are but its coordinates in a subspace (`folded`).
     """
 
     def __init__(
-        self, means: Float[Tensor, "k *d"], stds: Float[Tensor, " k"], weights: Float[Tensor, " k"], schedule: Schedule
+        self,
+        means: Float[Tensor, "k *d"],
+        stds: Float[Tensor, " k"],
+        weights: Float[Tensor, " k"],
+        schedule: Schedule,
+        numbers: int | None = None,
     ) -> None:
         super().__init__(means, stds, weights, schedule)
         self.register_buffer("round_stds", stds)
+        self.numbers = self.means.shape[1] if numbers is None else numbers
 
     def forward(self, x: Data, t: Times, condition: Condition | None = None) -> Estimate:
         refuse(condition)
@@ -244,13 +251,40 @@ class RoundMixture(Mixture):
         covariance = alpha.square() * spread + sigma.square()
         dots = flat @ means.mT
         distance = flat.square().sum(1, keepdim=True) - 2 * alpha * dots + alpha.square() * means.square().sum(1)
-        density = -0.5 * (distance / covariance + flat.shape[1] * covariance.log())
+        density = -0.5 * (distance / covariance + self.numbers * covariance.log())
         share = (self.weights.to(x).log() + density).softmax(1)
         on_x = (share * alpha * spread / covariance).sum(1, keepdim=True)
         x0 = (share * sigma.square() / covariance) @ means + on_x * flat
         eps = (share * sigma / covariance).sum(1, keepdim=True) * flat
         eps = eps - (share * alpha * sigma / covariance) @ means
         return Estimate(x0.reshape(x.shape), eps.reshape(x.shape))
+
+    def folded(self, x: Float[Tensor, "b *d"]) -> tuple["RoundMixture", Float[Tensor, "b e"]]:
+        """Return this mixture and samples (B, *D) in at most K + 1 coordinates, in which each estimate and each
+        distance is what it was.
+
+        Estimates (3) are sums of x and the means, so that whatever a solver makes of x by sums stays in the space of
+        the means and of the part of x that is normal to them, of which the length is all that counts. Each sample has
+        an axis of its own for that part: distances between two samples are not kept, those between two states of one
+        sample are.
+
+        Example:
+            >>> from reverie.diffusion.schedules import Flow
+            >>> mixture, x = random_mixture(3072, 0, Flow()).folded(torch.ones(1, 3072).double())
+            >>> x.shape, mixture.numbers
+            (torch.Size([1, 11]), 3072)
+        """
+        flat = x.flatten(1)
+        if self.means.shape[1] <= len(self.means) + 1:
+            return RoundMixture(
+                self.means, self.get_buffer("round_stds"), self.weights, self.schedule, self.numbers
+            ), flat
+        basis = torch.linalg.qr(self.means.mT).Q.to(x)
+        inside = flat @ basis
+        normal = (flat - inside @ basis.mT).norm(dim=1, keepdim=True)
+        means = torch.cat([self.means.to(x) @ basis, torch.zeros(len(self.means), 1).to(x)], dim=1)
+        stds, weights = self.get_buffer("round_stds").to(x), self.weights.to(x)
+        return RoundMixture(means, stds, weights, self.schedule, self.numbers), torch.cat([inside, normal], dim=1)
 
 
 def random_mixture(dimension: int, seed: int, schedule: Schedule, components: int = 10) -> RoundMixture:

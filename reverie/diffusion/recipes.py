@@ -1,11 +1,13 @@
 """Solvers fitted beforehand, for models that have none of their own: to mixtures of Gaussians, by schedule.
 
-The table beside this file was made by tools/fit_recipes.py, for samples of few numbers and of many. On a model
+The table beside this file was made by tools/fit_recipes.py, for samples of few numbers, some and many. On a model
 that it was not fitted to it cannot be the best there is; docs/benchmarks.md has how it compares with the published
 solvers at each number of steps.
 """
 
 import json
+import math
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from reverie.diffusion.samplers.learned import Recipe
 from reverie.diffusion.schedules import Schedule
 
 FILE = Path(__file__).with_suffix(".json")
-LARGE = 2048  # numbers of a sample, from which it counts as large: MNIST does better with the small ones
+SIZES = (("points", 16), ("small", 2048), ("large", math.inf))  # below how many numbers a sample counts as such
 SAME = 0.02  # in lambda: how near a schedule's ends must be to those of the one that was fitted
 
 
@@ -41,12 +43,18 @@ def general(schedule: Schedule, steps: int, numbers: int) -> Recipe | None:
         >>> general(schedules["linear"](), 8, 64).steps, general(schedules["linear"](), 777, 64)
         (8, None)
     """
-    size = "large" if numbers >= LARGE else "small"
+    size = next(size for size, below in SIZES if numbers < below)
     for name, sizes in table().items():
-        if str(steps) in sizes.get(size, {}) and alike(schedule, name):
-            row = sizes[size][str(steps)]
-            return Recipe(tuple(row["lam"]), tuple(tuple(weights) for weights in row["weights"]))
+        if alike(schedule, name):
+            # What has none for points was fitted when those were among the small ones.
+            row = sizes.get(size, {}).get(str(steps)) or (size == "points" and sizes["small"].get(str(steps)))
+            return of_row(row) if row else None
     return None
+
+
+def of_row(row: Mapping[str, Any]) -> Recipe:
+    """Return the recipe that a row of the file holds."""
+    return Recipe(tuple(row["lam"]), tuple(tuple(weights) for weights in row["weights"]))
 
 
 def alike(schedule: Schedule, name: str) -> bool:

@@ -9,7 +9,8 @@ exact trajectory is next,
 so that each step also makes up for the errors before it; nothing is differentiated, and the network is not
 trained. The times are chosen among those of the fine grid: first by dynamic programming over pairs of steps,
 whose errors (1) on the exact trajectory need no evaluation at all, then by moving one time after another
-while that lowers the error at the end.
+while that lowers the error at the end. What was found so, and the published solvers, which are tables of the
+same kind, are then polished (polish.py), the better ones for longer.
 
 References:
     S4S: Solving for a Diffusion Model Solver (Frankel et al., 2025)
@@ -30,61 +31,20 @@ from jaxtyping import Float
 from torch import Tensor
 
 from reverie.base.errors import UsageError
-from reverie.base.randomness import Noise
-from reverie.diffusion.denoisers import Denoiser
-from reverie.diffusion.grids import close, ends, karras, trailing
+from reverie.diffusion.grids import karras, trailing, uniform_log_snr
 from reverie.diffusion.levels import Level, levels
+from reverie.diffusion.polish import attempt, polish
 from reverie.diffusion.predictions import Data
-from reverie.diffusion.samplers.base import ask, run, start
-from reverie.diffusion.samplers.dpmpp import DPMpp3M
-from reverie.diffusion.samplers.learned import Recipe, factors
+from reverie.diffusion.samplers.base import Sampler, ask
+from reverie.diffusion.samplers.dpmpp import DPMpp2M, DPMpp3M
+from reverie.diffusion.samplers.learned import Recipe, as_recipe, factors
+from reverie.diffusion.samplers.unipc import UniPC
+from reverie.diffusion.trajectories import Trajectories
 
 PAST = 4  # past estimates that a step may use
 RIDGE = 1e-6  # of (1), relative to the mean square of the estimates
-FINE = 128  # steps of the exact trajectories
+SIEVE = ((2, 4), (4, 2))  # rounds of polishing, and how many of the candidates have them
 FLOOR = 1e-12  # added to squared errors before their logarithm is taken
-
-
-# Exact trajectories -----------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Trajectories:
-    """Exact trajectories of one model, from noise to data.
-
-    Arguments:
-        denoiser: The model.
-        known: The levels of the fine grid, without t = 0, n of them.
-        x: Where the samples are at each (n, M, *D).
-        x0: The estimates there (n, M, *D).
-        end: Where they end (M, *D).
-    """
-
-    denoiser: Denoiser
-    known: list[Level]
-    x: Tensor
-    x0: Tensor
-    end: Data
-
-
-def trajectories(
-    denoiser: Denoiser, x: Data, steps: int = FINE, progress: Callable[[int], None] | None = None
-) -> Trajectories:
-    """Return the trajectories from noise x (M, *D) at t = 1, by DPM-Solver++(3M) on a fine grid uniform in lambda."""
-    schedule, sampler = denoiser.schedule, DPMpp3M()
-    first, last = ends(schedule)
-    times = schedule.time(torch.linspace(first, last, steps, dtype=torch.float64))
-    times[0], times[-1] = 1.0, schedule.t_min
-    grid = close(times)
-    xs, estimates = [x], []
-    for state in run(sampler, denoiser, sampler.init(x, 1.0), grid, Noise(range(len(x)))):
-        xs.append(state.x)
-        estimates.append(state.x0)
-        if progress:
-            progress(len(estimates))
-    return Trajectories(
-        denoiser, levels(schedule, grid[:-1].tolist()), torch.stack(xs[:-1]), torch.stack(estimates), xs[-1]
-    )
 
 
 # Walking a grid, fitting the weights --------------------------------------------------------------
@@ -150,15 +110,19 @@ def fit_step(
     keep, gain = factors(known[nodes[k]], data if last else known[nodes[k + 1]])
     used = range(k, max(k - PAST, 0) - 1, -1)
     # Each set counts the same, however many numbers it has.
-    even = [1 / math.sqrt(one.end.numel()) for one in sets]
-    basis = [torch.cat([e * estimates[j][i].flatten() for i, e in enumerate(even)]) for j in used]
+    basis = [torch.cat([flat(one, estimates[j][i]) for i, one in enumerate(sets)]) for j in used]
     goals = [(s.end if last else s.x[nodes[k + 1]] - keep * y) / gain for s, y in zip(sets, x, strict=True)]
-    goal = torch.cat([e * part.flatten() for e, part in zip(even, goals, strict=True)])
-    row = ridge(torch.stack(basis).double(), goal.double())
+    goal = torch.cat([flat(one, part) for one, part in zip(sets, goals, strict=True)])
+    row = ridge(torch.stack(basis), goal)
     moved = [
         keep * y + gain * sum(c * estimates[j][i] for c, j in zip(row, used, strict=True)) for i, y in enumerate(x)
     ]
     return moved, tuple(row)
+
+
+def flat(one: Trajectories, x: Data) -> Float[Tensor, " n"]:
+    """Return samples' numbers so that a sum of squares is the mean over samples and numbers."""
+    return (one.even[:, None] * x.double().flatten(1)).flatten()
 
 
 def ridge(basis: Float[Tensor, "k n"], goal: Float[Tensor, " n"]) -> list[float]:
@@ -173,8 +137,8 @@ def loss(sets: Sequence[Trajectories], end: Sequence[Data]) -> float:
     """Return the error at the end, typical and root-mean-square alike; each set counts the same."""
     total = 0.0
     for one, x in zip(sets, end, strict=True):
-        squares = (x - one.end).double().flatten(1).square().mean(1) + FLOOR
-        total += (squares.log().mean().item() + squares.mean().log().item()) / 2
+        squares = (x - one.end).double().flatten(1).square().sum(1) / one.numbers + FLOOR
+        total += ((one.share * squares.log()).sum().item() + (one.share * squares).sum().log().item()) / 2
     return total / len(sets)
 
 
@@ -208,9 +172,9 @@ def plan_nodes(sets: Sequence[Trajectories], steps: int) -> list[int]:
 
 def products(sets: Sequence[Trajectories]) -> tuple[Tensor, Tensor, Tensor]:
     """Return the inner products (n, n) of the estimates, of z / rho with the estimates, and of z / rho."""
-    x0 = torch.cat([s.x0.double().flatten(1) / math.sqrt(s.end.numel()) for s in sets], dim=1)
+    x0 = torch.cat([torch.stack([flat(s, x) for x in s.x0]) for s in sets], dim=1)
     sigma = torch.tensor([level.sigma for level in sets[0].known], dtype=torch.float64)[:, None]
-    y = torch.cat([s.x.double().flatten(1) / math.sqrt(s.end.numel()) for s in sets], dim=1) / sigma
+    y = torch.cat([torch.stack([flat(s, x) for x in s.x]) for s in sets], dim=1) / sigma
     return x0 @ x0.mT, y @ x0.mT, y @ y.mT
 
 
@@ -238,8 +202,8 @@ def pair_errors(gram: Tensor, cross: Tensor, moved: Tensor) -> Float[Tensor, "n 
 
 def finish(sets: Sequence[Trajectories], gram: Tensor) -> Float[Tensor, "n n"]:
     """Return the squared error [h, i] of ending with the estimates at h and i."""
-    x0 = torch.cat([s.x0.double().flatten(1) / math.sqrt(s.end.numel()) for s in sets], dim=1)
-    end = torch.cat([s.end.double().flatten() / math.sqrt(s.end.numel()) for s in sets])
+    x0 = torch.cat([torch.stack([flat(s, x) for x in s.x0]) for s in sets], dim=1)
+    end = torch.cat([flat(s, s.end) for s in sets])
     on, size = x0 @ end, end.square().sum()
     own = gram.diagonal() * (1 + RIDGE)
     determinant = (own[:, None] * own[None, :] - gram.square()).clamp(min=1e-12 * float(own.max()) ** 2)
@@ -254,15 +218,19 @@ def tune(
     sets: Sequence[Trajectories],
     steps: int,
     walks: int = 60,
+    rounds: int = 0,
     progress: Callable[[int, float], None] | None = None,
-) -> tuple[Recipe, Walk]:
-    """Return the fitted solver of so many steps, and its last walk.
+    more: Sequence[Recipe] = (),
+) -> tuple[Recipe, float]:
+    """Return the fitted solver of so many steps, and its error: the logarithm of what `loss` says, or `polish`.
 
     Arguments:
         sets: Exact trajectories, of one model or of several, on fine grids of the same lambdas.
         steps: Evaluations, at least 1 and below the fine grid's.
         walks: How many candidate grids may be walked, at least 1.
-        progress: Called with the number of walks and the least error (its logarithm) after each.
+        rounds: How many rounds of polishing the best of all may have; 0 for none, and none but the grids.
+        progress: Called with the number of walks, or of rounds, and the least error (its logarithm) after each.
+        more: Solvers of so many steps that may be polished as well.
 
     Raises:
         UsageError: steps is out of range.
@@ -271,8 +239,17 @@ def tune(
     if not 1 <= steps < fine:
         raise UsageError(f"steps is {steps}; it must lie in 1..{fine - 1} to be fitted on trajectories of {fine} steps")
     first = [walk(sets, nodes) for nodes in first_nodes(sets, steps)[:walks]]
-    best = min(first, key=lambda one: one.loss)
-    done, stride = len(first), max(fine // (2 * steps), 1)
+    best = search(sets, min(first, key=lambda one: one.loss), walks - len(first), progress)
+    if not rounds:
+        return recipe_of(sets, best), best.loss
+    candidates = [recipe_of(sets, one) for one in {one.nodes: one for one in (*first, best)}.values()]
+    return sieve(sets, [*candidates, *published(sets, steps), *map(padded, more)], rounds, progress)
+
+
+def search(sets: Sequence[Trajectories], best: Walk, walks: int, progress: Callable[[int, float], None] | None) -> Walk:
+    """Return the best of some more walks, made by moving one time after another."""
+    fine, steps, done = len(sets[0].known), len(best.nodes), 0
+    stride = max(fine // (2 * steps), 1)
     while stride and done < walks:
         improved = False
         for k in range(steps - 1, 0, -1):
@@ -288,9 +265,47 @@ def tune(
                     progress(done, best.loss)
         if not improved:
             stride //= 2
+    return best
+
+
+def recipe_of(sets: Sequence[Trajectories], found: Walk) -> Recipe:
+    """Return the recipe that a walk has followed."""
     # Where nothing of the data is left lambda is -inf; the first of a recipe is that of t = 1 anyway.
-    lam = tuple(max(sets[0].known[node].lam, -100.0) for node in best.nodes)
-    return Recipe(lam, tuple(best.weights)), best
+    return Recipe(tuple(max(sets[0].known[node].lam, -100.0) for node in found.nodes), tuple(found.weights))
+
+
+def published(sets: Sequence[Trajectories], steps: int) -> list[Recipe]:
+    """Return the recipes of some published solvers, each on usual grids."""
+    schedule = sets[0].denoiser.schedule
+    solvers: list[Sampler] = [UniPC(2), UniPC(3), DPMpp2M(), DPMpp3M()]
+    made = [grid(schedule, steps) for grid in (uniform_log_snr, karras, trailing)]
+    return [padded(as_recipe(sampler, schedule, grid)) for sampler in solvers for grid in made]
+
+
+def padded(recipe: Recipe) -> Recipe:
+    """Return a recipe whose steps have weights for as many past estimates as a step may use, some of them 0."""
+    full = [(*row, *[0.0] * (min(k, PAST) + 1 - len(row))) for k, row in enumerate(recipe.weights)]
+    return Recipe(recipe.lam, tuple(full))
+
+
+def sieve(
+    sets: Sequence[Trajectories],
+    candidates: Sequence[Recipe],
+    rounds: int,
+    progress: Callable[[int, float], None] | None,
+) -> tuple[Recipe, float]:
+    """Polish some recipes a little, the better ones of them more, and the best one most; return that, and its error."""
+    known = judged(sets, candidates)
+    for few, keep in SIEVE:
+        if rounds > 2 * few:
+            known = sorted((polish(sets, recipe, few) for recipe, _ in known[:keep]), key=lambda one: one[1])
+    return polish(sets, known[0][0], rounds, progress)
+
+
+def judged(sets: Sequence[Trajectories], recipes: Sequence[Recipe]) -> list[tuple[Recipe, float]]:
+    """Return recipes with their errors on some sets, the best first; without those that leave what numbers can hold."""
+    found = [(recipe, tried[1]) for recipe in recipes if (tried := attempt(sets, recipe)) is not None]
+    return sorted(found, key=lambda one: one[1])
 
 
 def first_nodes(sets: Sequence[Trajectories], steps: int) -> list[list[int]]:
@@ -308,8 +323,3 @@ def nearest_nodes(known: Sequence[Level], lam: Sequence[float]) -> list[int]:
     fine = torch.tensor([level.lam for level in known[1:]], dtype=torch.float64)
     found = [int((fine - value).abs().argmin()) + 1 for value in lam[1:]]
     return sorted({0, *found})
-
-
-def noise(denoiser: Denoiser, shape: Sequence[int], seeds: Sequence[int], device: torch.device | str = "cpu") -> Data:
-    """Return the noise (M, *shape) at t = 1 that the samples of some seeds start from."""
-    return start(DPMpp3M(), denoiser.schedule, shape, 1.0, Noise(seeds), device).x

@@ -4,15 +4,13 @@ import math
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
 
 from reverie.base.errors import UsageError
-from reverie.base.randomness import Noise
-from reverie.diffusion.grids import trailing, uniform_log_snr
-from reverie.diffusion.registry import samplers
-from reverie.diffusion.samplers.base import Sampler, run
-from reverie.diffusion.samplers.learned import Learned
-from reverie.diffusion.tuning import FINE, Trajectories, noise, trajectories, tune
+from reverie.diffusion.polish import follow, squares
+from reverie.diffusion.recipes import general
+from reverie.diffusion.samplers.learned import Recipe
+from reverie.diffusion.trajectories import FINE, Trajectories, noise, trajectories
+from reverie.diffusion.tuning import judged, published, tune
 from reverie.models.card import FittedSolver
 from reverie.models.memory import check_memory, memory_errors
 from reverie.models.model import Model
@@ -20,7 +18,8 @@ from reverie.models.plan import SamplingPlan, make_plan
 from reverie.models.sampling import evaluating, prepared
 
 NUMBERS = 1 << 17  # numbers of all samples that a solver is fitted to, about
-PUBLISHED = ("ddim", "dpmpp-2m", "unipc")
+WALKS = 20  # candidate grids, by default
+BUDGET = 1000  # evaluations of each sample that the rounds of polishing of the best candidate may cost, by default
 FIRST_SEED = 1 << 40  # of the samples here, far from those that a user is likely to draw
 
 Report = Callable[[str, int, int, float], None]
@@ -33,6 +32,7 @@ def tune_model(
     guidance: float | None = None,
     samples: int | None = None,
     walks: int | None = None,
+    rounds: int | None = None,
     seed: int = 0,
     report: Report | None = None,
 ) -> list[FittedSolver]:
@@ -43,7 +43,8 @@ def tune_model(
         steps: Numbers of evaluations.
         guidance: w; of a model with classes, samples of all classes are used; None takes the card's.
         samples: Exact trajectories to fit to; as many again are for judging. None: by the samples' size, 8 to 64.
-        walks: Candidate grids for each number of steps; None: ten times as many as steps, at least 60.
+        walks: Candidate grids for each number of steps; None: 20.
+        rounds: Rounds of polishing, of 3 N^2 evaluations of each sample for N steps; None: 12, fewer for many steps.
         seed: Seed of the trajectories' noise.
         report: Called with what is done, how much of it, of how much, and the error so far.
 
@@ -59,20 +60,23 @@ def tune_model(
     if (
         not 2 <= count <= 10_000
         or (walks is not None and walks < 1)
+        or (rounds is not None and rounds < 0)
         or not steps
         or min(steps) < 1
         or max(steps) >= FINE
     ):
         raise UsageError(
-            f"samples is {count}, walks {walks}, steps {list(steps)}; "
-            f"they must lie in 2..10000, from 1, and in 1..{FINE - 1}"
+            f"samples is {count}, walks {walks}, rounds {rounds}, steps {list(steps)}; "
+            f"they must lie in 2..10000, from 1, from 0, and in 1..{FINE - 1}"
         )
     lower = "samples"
-    check_memory(4 * 4 * FINE * count * numbers, torch.device("cpu"), f"{count} trajectories of {FINE} steps", lower)
+    # The trajectories; and the derivatives by 6 numbers a step, a few times over.
+    most = 4 * count * numbers * (4 * FINE + 60 * max(steps))
+    check_memory(most, torch.device("cpu"), f"{count} trajectories of {FINE} steps", lower)
     with memory_errors("the trajectories", lower), evaluating(model.denoiser.network), torch.no_grad():
         plans = [plan_samples(model, count, seed + part, guidance) for part in (0, 1)]
         fitting, judging = (teach(model, plan, report) for plan in plans)
-        return [fit(model, n, fitting, judging, plans[0].guidance, walks, report) for n in sorted(set(steps))]
+        return [fit(model, n, fitting, judging, plans[0].guidance, walks, rounds, report) for n in sorted(set(steps))]
 
 
 def plan_samples(model: Model, count: int, part: int, guidance: float | None) -> SamplingPlan:
@@ -101,25 +105,26 @@ def fit(
     judging: Trajectories,
     guidance: float | None,
     walks: int | None,
+    rounds: int | None,
     report: Report | None,
 ) -> FittedSolver:
-    """Fit one solver, and judge it beside the published ones."""
-    walks = max(60, 10 * steps) if walks is None else walks
+    """Fit one solver, set it beside the published ones on other samples, and keep what is best there."""
+    walks = WALKS if walks is None else walks
+    rounds = min(max(BUDGET // (3 * steps**2), 1), 12) if rounds is None else rounds
     told = None
     if report is not None:
-        told = lambda done, loss: report(f"{steps} steps", done, walks, math.exp(loss / 2))  # noqa: E731
-    recipe, _ = tune([fitting], steps, walks, told)
-    schedule = model.denoiser.schedule
-    own = distance(judging, Learned(recipe), recipe.grid(schedule))
-    grids = (trailing(schedule, steps), uniform_log_snr(schedule, steps))
-    others = [distance(judging, samplers[name](), grid) for name in PUBLISHED for grid in grids]
+        told = lambda done, loss: report(f"{steps} steps", done, max(walks, rounds), math.exp(loss / 2))  # noqa: E731
+    ready = general(model.denoiser.schedule, steps, fitting.numbers)
+    more = [ready] if ready is not None else []
+    recipe, _ = tune([fitting], steps, walks, rounds, told, more)
+    others = published([judging], steps)
+    best = judged([judging], [recipe, *more, *others])[0][0]
     return FittedSolver(
-        lam=recipe.lam, weights=recipe.weights, guidance=guidance, error=own, best_published=min(others)
-    )
+        lam=best.lam, weights=best.weights, guidance=guidance, error=distance(judging, best),
+        best_published=min(distance(judging, other) for other in others),
+    )  # fmt: skip
 
 
-def distance(exact: Trajectories, sampler: Sampler, grid: Tensor) -> float:
-    """Return a sampler's root-mean-square distance from where exact trajectories end."""
-    x = exact.x[0]
-    *_, last = run(sampler, exact.denoiser, sampler.init(x, 1.0), grid, Noise(range(len(x))))
-    return float((last.x - exact.end).double().square().mean().sqrt())
+def distance(exact: Trajectories, recipe: Recipe) -> float:
+    """Return a solver's root-mean-square distance from where exact trajectories end."""
+    return float(squares(exact, follow(exact, recipe).x[-1]).mean().sqrt())

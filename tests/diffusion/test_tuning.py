@@ -6,12 +6,14 @@ import torch
 from reverie.base.errors import UsageError
 from reverie.base.randomness import Noise, normal
 from reverie.diffusion.grids import uniform_log_snr
-from reverie.diffusion.oracles import Gaussian, random_mixture
+from reverie.diffusion.oracles import random_mixture
+from reverie.diffusion.polish import follow
 from reverie.diffusion.recipes import general
 from reverie.diffusion.registry import grids, samplers, schedules
 from reverie.diffusion.samplers.base import run
 from reverie.diffusion.samplers.learned import Learned
-from reverie.diffusion.tuning import common, plan_nodes, ridge, trajectories, tune, walk
+from reverie.diffusion.trajectories import trajectories
+from reverie.diffusion.tuning import common, judged, plan_nodes, published, ridge, tune, walk
 
 F64 = torch.float64
 
@@ -31,20 +33,6 @@ def starts(count, dimension, seed, schedule):
 def distance(sampler, denoiser, x, grid, end):
     *_, last = run(sampler, denoiser, sampler.init(x, 1.0), grid, Noise(range(len(x))))
     return (last.x - end).square().mean(1).sqrt()
-
-
-def test_exact_trajectories_are_exact():
-    """Against the map of a Gaussian, which is known."""
-    for name in ("linear", "cosine", "flow", "edm"):
-        schedule = schedules[name]()
-        mean, covariance = torch.tensor([0.3, -0.2], dtype=F64), torch.tensor([[0.5, 0.3], [0.3, 0.4]], dtype=F64)
-        oracle = Gaussian(mean, covariance, schedule)
-        x = starts(5, 2, 0, schedule)
-        found = trajectories(oracle, x)
-        times = torch.tensor([level.t for level in found.known], dtype=F64)
-        for k in (40, 100, 127):
-            want = oracle.flow(x, torch.ones(5, dtype=F64), times[k].expand(5))
-            torch.testing.assert_close(found.x[k], want, rtol=0, atol=2e-3 * max(float(x.abs().max()), 1))
 
 
 def test_the_ridge_finds_the_weights_that_made_the_goal():
@@ -69,14 +57,15 @@ def test_a_walk_shares_what_it_can():
     assert len(asked) == 2  # at 44 and 60: the first two were known
 
 
-def test_what_was_fitted_is_what_the_sampler_does():
+@pytest.mark.parametrize("rounds", [0, 3])
+def test_what_was_fitted_is_what_the_sampler_does(rounds):
     schedule = schedules["linear"]()
     oracle = random_mixture(2, 1, schedule)
     x = starts(32, 2, 0, schedule)
     sets = [trajectories(oracle, x)]
-    recipe, found = tune(sets, 6, walks=15)
+    recipe, _ = tune(sets, 6, walks=15, rounds=rounds)
     *_, last = run(Learned(recipe), oracle, Learned(recipe).init(x, 1.0), recipe.grid(schedule), Noise(range(32)))
-    torch.testing.assert_close(last.x, found.end[0], rtol=0, atol=1e-9)
+    torch.testing.assert_close(last.x, follow(sets[0], recipe).x[-1], rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 5])
@@ -110,10 +99,20 @@ def test_a_fitted_solver_is_nearer_than_the_published_ones_also_where_it_was_not
 def test_more_walks_are_never_worse():
     schedule = schedules["linear"]()
     sets = [trajectories(random_mixture(2, 1, schedule), starts(32, 2, 0, schedule))]
-    losses = [tune(sets, 6, walks=walks)[1].loss for walks in (1, 10, 40)]
+    losses = [tune(sets, 6, walks=walks)[1] for walks in (1, 10, 40)]
     assert losses == sorted(losses, reverse=True)
     with pytest.raises(UsageError, match="steps is 128"):
         tune(sets, 128)
+
+
+def test_polished_it_is_never_worse_than_the_published_ones_or_what_it_was_given():
+    schedule = schedules["linear"]()
+    sets = [trajectories(random_mixture(2, 1, schedule), starts(32, 2, 0, schedule))]
+    given = general(schedule, 6, 2)
+    others = judged(sets, [given, *published(sets, 6)])
+    assert [value for _, value in others] == sorted(value for _, value in others)
+    values = [tune(sets, 6, walks=4, rounds=rounds, more=[given])[1] for rounds in (1, 10)]
+    assert values[1] < values[0] < others[0][1]
 
 
 # Fitted beforehand ------------------------------------------------------------------------------

@@ -40,6 +40,13 @@ def test_each_number_of_steps_has_its_solver_judged_on_other_samples(fitted):
         assert 0 < solver.error < solver.best_published
 
 
+@pytest.mark.parametrize("rounds", [0, 2])
+def test_one_step_can_be_fitted_and_polishing_left_out(model, rounds):
+    (solver,) = tune_model(model, [1], samples=4, walks=1, rounds=rounds)
+    assert solver.steps == 1
+    assert 0 < solver.error < 1
+
+
 def test_auto_takes_the_models_own_and_the_picture_can_be_made_again(model, fitted, tmp_path):
     rv.save(model, tmp_path / "m")
     assert store_solvers(tmp_path / "m", fitted).name == "reverie.json"

@@ -25,10 +25,10 @@ from torch import Tensor
 
 from reverie.base.errors import UsageError
 from reverie.base.randomness import Noise
-from reverie.diffusion.denoisers import Denoiser
-from reverie.diffusion.levels import Level, weighted
+from reverie.diffusion.denoisers import Condition, Denoiser, Estimate, Times
+from reverie.diffusion.levels import Level, levels, weighted
 from reverie.diffusion.predictions import Data
-from reverie.diffusion.samplers.base import Sampler, State, Step, ask
+from reverie.diffusion.samplers.base import Sampler, State, Step, ask, run
 from reverie.diffusion.samplers.history import History
 from reverie.diffusion.schedules import Schedule
 
@@ -90,6 +90,62 @@ def factors(here: Level, there: Level) -> tuple[float, float]:
     """Return what is kept of x, and the factor on the estimates' sum: equation (1) in x instead of z."""
     keep = there.sigma / here.sigma
     return keep, there.alpha - keep * here.alpha
+
+
+class Ledger(Denoiser):
+    """A denoiser whose estimates are the axes of a space, one after the other: what is made of them can be read off.
+
+    Arguments:
+        schedule: The schedule.
+        axes: How many there are; x starts on the first.
+    """
+
+    def __init__(self, schedule: Schedule, axes: int) -> None:
+        super().__init__()
+        self.schedule, self.axes, self.seen = schedule, axes, list[Tensor]()
+
+    def forward(self, x: Data, t: Times, condition: Condition | None = None) -> Estimate:
+        self.seen.append(x)
+        x0 = torch.zeros_like(x)
+        x0[:, min(len(self.seen), self.axes - 1)] = 1
+        alpha, sigma = self.schedule.marginal(t)
+        return Estimate(x0, (x - alpha[:, None] * x0) / sigma[:, None])
+
+
+def as_recipe(sampler: Sampler, schedule: Schedule, grid: Float[Tensor, " n"]) -> Recipe:
+    """Return a linear multistep sampler on a grid as a recipe: the same steps, to rounding.
+
+    Arguments:
+        sampler: A deterministic sampler that asks once a step, at the grid's times.
+        schedule: The schedule.
+        grid: The times (N + 1,).
+
+    Raises:
+        UsageError: The sampler asks more often, or less.
+
+    Example:
+        >>> from reverie.diffusion.grids import trailing
+        >>> from reverie.diffusion.registry import samplers, schedules
+        >>> as_recipe(samplers["ddim"](), schedules["flow"](), trailing(schedules["flow"](), 2)).weights
+        ((1.0,), (1.0,))
+    """
+    known, steps = levels(schedule, grid.tolist()), len(grid) - 1
+    ledger = Ledger(schedule, steps + 1)
+    x = torch.zeros(1, steps + 1, dtype=torch.float64)
+    x[0, 0] = 1
+    *_, last = run(sampler, ledger, sampler.init(x, grid[0].item()), grid, Noise([0]))
+    points, rows = [*ledger.seen, last.x], []
+    if len(points) != steps + 1:
+        raise UsageError(
+            f"{type(sampler).__name__} asks {len(ledger.seen)} times in {steps} steps; a recipe, once a step"
+        )
+    for k in range(steps):
+        keep, gain = factors(known[k], known[k + 1])
+        row = ((points[k + 1] - keep * points[k])[0] / gain)[1 : k + 2].flip(0).tolist()
+        while len(row) > 1 and abs(row[-1]) < 1e-9:
+            row.pop()
+        rows.append(tuple(row))
+    return Recipe(tuple(max(level.lam, -100.0) for level in known[:-1]), tuple(rows))
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from reverie.diffusion.oracles import random_mixture
 from reverie.diffusion.registry import grids, samplers, schedules
 from reverie.diffusion.samplers.base import State, run
 from reverie.diffusion.samplers.exponential import step_weights
-from reverie.diffusion.samplers.learned import Learned, Recipe
+from reverie.diffusion.samplers.learned import Learned, Recipe, as_recipe
 
 F64 = torch.float64
 
@@ -41,6 +41,26 @@ def test_the_published_solvers_are_tables_too(name, sampler, order):
         *_, last = run(rule, oracle, rule.init(x, 1.0), times, Noise(range(4)))
         ends.append(last.x)
     torch.testing.assert_close(*ends, rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine", "edm", "flow"])
+@pytest.mark.parametrize("sampler", ["ddim", "dpmpp-2m", "dpmpp-3m", "unipc", "deis", "lms"])
+def test_a_multistep_sampler_is_read_off_as_a_recipe(name, sampler):
+    schedule, rule = schedules[name](), samplers[sampler]()
+    oracle, grid = random_mixture(2, 0, schedule), grids["karras"](schedule, 7)
+    recipe = as_recipe(rule, schedule, grid)
+    x = torch.randn(4, 2, dtype=F64, generator=torch.Generator().manual_seed(0)) * schedule.prior_std(grid[:1])
+    ends = []
+    for one, times in ((rule, grid), (Learned(recipe), recipe.grid(schedule))):
+        *_, last = run(one, oracle, one.init(x, 1.0), times, Noise(range(4)))
+        ends.append(last.x)
+    torch.testing.assert_close(*ends, rtol=1e-7, atol=1e-7)
+
+
+def test_a_sampler_that_asks_twice_a_step_is_no_recipe():
+    schedule = schedules["linear"]()
+    with pytest.raises(UsageError, match="Heun asks 9 times in 5 steps"):
+        as_recipe(samplers["heun"](), schedule, grids["karras"](schedule, 5))
 
 
 def test_it_pauses_joins_and_goes_on():
