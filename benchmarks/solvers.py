@@ -53,7 +53,7 @@ PACKAGES = ("reverie", "torch", "numpy", "diffusers", "k-diffusion")
 NFES = (4, 5, 6, 8, 10, 15, 20, 30, 50)
 TUNED_ON, UNSEEN = (0, 1, 2, 3), (100, 101, 102, 103)  # seeds of the mixtures
 TRAINING = 192  # starts of each mixture that a solver is tuned from; as many again it is chosen by
-DRAWS = 300  # of the starts, for an interval
+DRAWS = 100  # of the starts, for an interval
 
 
 class Starts:

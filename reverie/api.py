@@ -123,7 +123,7 @@ def tune(model: Model | Path | str, steps: int | Sequence[int], store: bool = Tr
         model: A model, or the path of one.
         steps: The numbers of evaluations.
         store: Of a model by its path, also keep the solvers in its card there.
-        options: As `tune_model` takes them: guidance, samples, walks, seed, report.
+        options: As `tune_model` takes them: guidance, samples, walks, rounds, seed, report.
 
     Returns:
         The model, with the solvers in its card.
