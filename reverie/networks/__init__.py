@@ -16,6 +16,7 @@ asks for. What that tensor means (noise, data, velocity, a variance beside it) i
 | `dit.py` | `DiT`, a transformer over patches |
 | `mlp.py` | `MLP`, for points |
 | `discriminator.py`, `perceptual.py` | what an autoencoder is trained against |
+| `checks.py` | what they refuse |
 | `numbered.py` | either, told further numbers beside its time |
 
 Each network class names its config class as `Config`, so that `networks[name](networks[name].Config(...))`

@@ -27,8 +27,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from reverie.base.errors import UsageError
 from reverie.networks.attention import Attention, Tokens
+from reverie.networks.checks import check_context, check_images, check_label
 from reverie.networks.layers import Linear, Sinusoids, TimeEmbedding, checked, zeroed
 from reverie.networks.unet import with_channels
 
@@ -211,23 +211,10 @@ class DiT(nn.Module):
 
     def _check(self, x: Tensor, time: Tensor, label: Tensor | None, context: Tensor | None) -> None:
         config, count = self.config, len(x)
-        if x.ndim != 4 or x.shape[1] != config.in_channels:
-            raise UsageError(f"the images are {tuple(x.shape)}; this network takes (B, {config.in_channels}, H, W)")
-        if time.shape != (count,):
-            raise UsageError(f"time is {tuple(time.shape)}; it must hold one number for each image, ({count},)")
-        if (label is None) == config.takes_label:
-            wanted = "needs a label for each image" if label is None else "was built without classes; give no label"
-            raise UsageError(f"this network {wanted}")
-        due = (count, config.width) if config.class_embed_type else (count,)
-        if label is not None and label.shape != due:
-            raise UsageError(f"label is {tuple(label.shape)}; it must be {due}")
-        if (context is None) != (config.context_dim is None):
-            wanted = "needs a context for each image" if context is None else "attends to no context; give none"
-            raise UsageError(f"this network {wanted}")
-        if context is not None and (
-            context.ndim != 3 or (len(context), context.shape[2]) != (count, config.context_dim)
-        ):
-            raise UsageError(f"context is {tuple(context.shape)}; it must be ({count}, L, {config.context_dim})")
+        check_images(x, time, config.in_channels)
+        width = (config.width,) if config.class_embed_type else ()
+        check_label(label, (count, *width) if config.takes_label else None)
+        check_context(context, count, config.context_dim)
 
 
 def positions(rows: int, columns: int, width: int) -> Float[Tensor, "n c"]:

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from reverie.base.errors import UsageError
+from reverie.networks.checks import check_images, check_label
 from reverie.networks.edm2_layers import (
     CosineAttention,
     MPFourier,
@@ -286,17 +287,10 @@ class EDM2(nn.Module):
 
     def _check(self, x: Tensor, time: Tensor, label: Tensor | None) -> None:
         config, count = self.config, len(x)
-        if x.ndim != 4 or x.shape[1] != config.in_channels:
-            raise UsageError(f"the images are {tuple(x.shape)}; this network takes (B, {config.in_channels}, H, W)")
-        if time.shape != (count,):
-            raise UsageError(f"time is {tuple(time.shape)}; it must hold one number for each image, ({count},)")
-        if (label is None) != (self.emb_label is None):
-            wanted = "needs a label for each image" if label is None else "was built without classes; give no label"
-            raise UsageError(f"this network {wanted}")
+        check_images(x, time, config.in_channels)
+        check_label(label, (count,) if self.emb_label is not None else None)
         if label is None or config.num_class_embeds is None:
             return
-        if label.shape != (count,):
-            raise UsageError(f"label is {tuple(label.shape)}; it must hold one class for each image, ({count},)")
         if label.device.type == "cpu" and not torch.compiler.is_compiling():
             wrong = label[(label < 0) | (label >= config.num_class_embeds) | (label != label.long())]
             if len(wrong):

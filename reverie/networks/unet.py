@@ -40,6 +40,7 @@ from jaxtyping import Float, Real
 from torch import Tensor, nn
 
 from reverie.base.errors import ModelFileError, UsageError
+from reverie.networks.checks import check_context, check_images, check_label
 from reverie.networks.layers import ACTIVATIONS, Fourier, GroupNorm, Places, Sinusoids, TimeEmbedding, checked, zeroed
 from reverie.networks.skip_blocks import SkipDownBlock, SkipUpBlock
 from reverie.networks.unet_blocks import Block, DownBlock, MiddleBlock, UpBlock
@@ -263,23 +264,10 @@ class UNet(nn.Module):
 
     def _check(self, x: Tensor, time: Tensor, label: Tensor | None, context: Tensor | None) -> None:
         config, count = self.config, len(x)
-        if x.ndim != 4 or x.shape[1] != config.in_channels:
-            raise UsageError(f"the images are {tuple(x.shape)}; this network takes (B, {config.in_channels}, H, W)")
-        if time.shape != (count,):
-            raise UsageError(f"time is {tuple(time.shape)}; it must hold one number for each image, ({count},)")
-        if (label is None) != (self.class_embedding is None):
-            wanted = "needs a label for each image" if label is None else "was built without classes; give no label"
-            raise UsageError(f"this network {wanted}")
+        check_images(x, time, config.in_channels)
         width = (config.time_channels,) if config.class_embed_type == "identity" else ()
-        if label is not None and label.shape != (count, *width):
-            raise UsageError(f"label is {tuple(label.shape)}; it must be {(count, *width)}")
-        if (context is None) != (config.context_dim is None):
-            wanted = "needs a context for each image" if context is None else "attends to no context; give none"
-            raise UsageError(f"this network {wanted}")
-        if context is not None and (
-            context.ndim != 3 or (len(context), context.shape[2]) != (count, config.context_dim)
-        ):
-            raise UsageError(f"context is {tuple(context.shape)}; it must be ({count}, L, {config.context_dim})")
+        check_label(label, (count, *width) if self.class_embedding is not None else None)
+        check_context(context, count, config.context_dim)
 
     def _check_added(self, count: int, pooled: Tensor | None, sizes: Tensor | None, time_cond: Tensor | None) -> None:
         config, total = self.config, self.config.projection_class_embeddings_input_dim
