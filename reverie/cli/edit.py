@@ -4,18 +4,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import click
-from pydantic import AfterValidator, BaseModel, ConfigDict
+from pydantic import AfterValidator
 
 from reverie.cli.console import emit, result
 from reverie.cli.options import Command, Option, options, setting, settle
-from reverie.cli.sample import MOST_SEED, check_place, named
+from reverie.cli.sample import MOST_SEED, Computing, Words, check_place, named
 from reverie.diffusion.registry import grids, samplers
 
 
-class EditSettings(BaseModel):
+class EditSettings(Computing, Words):
     """What `reverie edit` is told; None means: as the model's card says."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     task: Literal["inpaint", "colourise", "super-resolution", "interpolate"] | None = setting(
         "what",
@@ -30,12 +28,6 @@ class EditSettings(BaseModel):
     outpaint: tuple[int, ...] | None = setting(
         "what", None, "pixels to add and to draw: left,top,right,bottom, or one number for all sides", max_length=4
     )
-    prompt: str | None = setting("what", None, "what to draw, in words", max_length=1 << 20)
-    negative_prompt: str | None = setting("what", None, "what guidance leads away from", max_length=1 << 20)
-    lora: tuple[str, ...] = setting("what", (), "LoRA files, each as FILE or FILE=WEIGHT")
-    embedding: tuple[str, ...] = setting("what", (), "files of new words for prompts (textual inversion)")
-    clip_skip: int = setting("what", 0, "last layers of CLIP's text encoder that are left out", ge=0, le=64)
-    vocabulary: str | None = setting("what", None, "CLIP's vocabulary, for a file of Stable Diffusion that has none")
     class_: str | None = setting("what", None, "what to draw, of a model with classes")
     strength: float | None = setting(
         "what", None, "how far back: 0 leaves the picture, 1 is from noise; 0.8, or 1 with a mask", ge=0, le=1
@@ -49,17 +41,6 @@ class EditSettings(BaseModel):
     set_: tuple[str, ...] = setting("how", (), "any other option of the sampler or the grid, as order=2")
     guidance: float | None = setting("how", None, "weight of the class or prompt", allow_inf_nan=False)
     out: str = setting("where to", "outputs", "folder for the pictures; nothing in it is overwritten")
-    speed: Literal["exact", "fast"] = setting(
-        "machine", "exact", "fast: bfloat16 where the CPU has it, weights laid out for it; last bits may differ"
-    )
-    weights: Literal["int8"] | None = setting(
-        "machine", None, "hold the network's weights in 8 bits, with --speed fast"
-    )
-    cache_every: int | None = setting(
-        "machine", None, "ask a U-Net's lower levels at every N-th call alone, with --speed fast", ge=2, le=1000
-    )
-    device: str = setting("machine", "auto", "auto, cpu, cuda or cuda:N")
-    threads: int | None = setting("machine", None, "threads that compute; torch's own number", ge=1, le=1024)
     ema: str | None = setting("machine", None, "which averaged weights of a run")
 
 

@@ -29,21 +29,26 @@ def named(registry: Registry, *others: str) -> Callable[[str | None], str | None
     return check
 
 
-class What(BaseModel):
-    """What is to be drawn; None means: as the model's card says."""
+class Words(BaseModel):
+    """What a model that takes prompts is told."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    n: int | None = setting("what", None, "how many, of each class asked for; 16 if not said", ge=1, le=1_000_000)
-    class_: tuple[str, ...] = setting("what", (), "classes by name or number, with commas or repeated; or all")
-    seed: int | None = setting("what", None, "the first one's, each next being one more; -1 or nothing: a random one",
-                              ge=-1, le=MOST_SEED)  # fmt: skip
     prompt: str | None = setting("what", None, "what to draw, in words", max_length=1 << 20)
     negative_prompt: str | None = setting("what", None, "what guidance leads away from", max_length=1 << 20)
     lora: tuple[str, ...] = setting("what", (), "LoRA files, each as FILE or FILE=WEIGHT")
     embedding: tuple[str, ...] = setting("what", (), "files of new words for prompts (textual inversion)")
     clip_skip: int = setting("what", 0, "last layers of CLIP's text encoder that are left out", ge=0, le=64)
     vocabulary: str | None = setting("what", None, "CLIP's vocabulary, for a file of Stable Diffusion that has none")
+
+
+class What(Words):
+    """What is to be drawn; None means: as the model's card says."""
+
+    n: int | None = setting("what", None, "how many, of each class asked for; 16 if not said", ge=1, le=1_000_000)
+    class_: tuple[str, ...] = setting("what", (), "classes by name or number, with commas or repeated; or all")
+    seed: int | None = setting("what", None, "the first one's, each next being one more; -1 or nothing: a random one",
+                              ge=-1, le=MOST_SEED)  # fmt: skip
 
 
 class How(BaseModel):
@@ -104,10 +109,9 @@ class Where(BaseModel):
     animate: bool = setting("where to", False, "write the denoising as an animation too")
 
 
-class Machine(BaseModel):
-    """What computes, and how."""
+class Computing(BaseModel):
+    """How fast, and where."""
 
-    batch_size: int | None = setting("machine", None, "images at a time: memory against speed", ge=1, le=1_000_000)
     speed: Literal["exact", "fast"] = setting(
         "machine", "exact", "fast: bfloat16 where the CPU has it, weights laid out for it; last bits may differ"
     )
@@ -118,8 +122,14 @@ class Machine(BaseModel):
         "machine", None, "ask a U-Net's lower levels at every N-th call alone, with --speed fast", ge=2, le=1000
     )
     device: str = setting("machine", "auto", "auto, cpu, cuda or cuda:N")
-    dtype: Literal["float32", "bfloat16"] | None = setting("machine", None, "the network's arithmetic")
     threads: int | None = setting("machine", None, "threads that compute; torch's own number", ge=1, le=1024)
+
+
+class Machine(Computing):
+    """What computes, and how."""
+
+    batch_size: int | None = setting("machine", None, "images at a time: memory against speed", ge=1, le=1_000_000)
+    dtype: Literal["float32", "bfloat16"] | None = setting("machine", None, "the network's arithmetic")
     ema: str | None = setting("machine", None, "which averaged weights of a run, such as 0.999; none for the others")
 
 
