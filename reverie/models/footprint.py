@@ -36,14 +36,8 @@ def working_bytes(network: nn.Module, codec: Codec | None, plan: SamplingPlan) -
 
 
 def step_bytes(network: nn.Module, plan: SamplingPlan) -> int:
-    """Return the bytes of one call of the network: (1); 0 where it is no U-Net.
-
-    Example:
-        >>> from reverie.models.plan import SamplingPlan
-        >>> step_bytes(nn.Linear(2, 2), None)
-        0
-    """
-    unet = network.unet if isinstance(network, Captioned) else network
+    """Return the bytes of one call of the network: (1); 0 where it is no U-Net."""
+    unet = network.image if isinstance(network, Captioned) else network
     if not isinstance(unet, UNet):
         return 0
     asked = plan.batch_size * (2 if plan.guided else 1)

@@ -48,7 +48,7 @@ class Reusing(Denoiser):
 
 def has_deep(network: nn.Module) -> bool:
     """Whether a network has levels below its first that can be passed over."""
-    unet = network.unet if isinstance(network, Captioned) else network
+    unet = network.image if isinstance(network, Captioned) else network
     if not isinstance(unet, UNet) or len(unet.config.channels) < 2:
         return False
     return not any("Skip" in kind for kind in (*unet.config.down_types, *unet.config.up_types))

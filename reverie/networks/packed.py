@@ -167,7 +167,7 @@ def packable(network: nn.Module) -> list[nn.Module]:
         (1, [])
     """
     if isinstance(network, Captioned):
-        return packable(network.unet)  # its words are read once for a picture
+        return packable(network.image)  # its words are read once for a picture
     if isinstance(network, UNet):
         # NCSN++ carries its input beside the state, in float32.
         plain = not any("Skip" in kind for kind in (*network.config.down_types, *network.config.up_types))

@@ -126,7 +126,7 @@ def test_wrong_values(refused, name, value, allowed):
 def test_all_that_is_wrong_at_once(refused):
     lines = refused(2, "train", "--learning-rate", -1, "--batch-size", 0, "--steps", "1e-3 ", "--dropout", "nan")
     assert len(lines) == 5
-    assert [line.split()[0] for line in lines] == ["--out", "--steps", "--dropout", "--batch-size", "--learning-rate"]
+    assert [line.split()[0] for line in lines] == ["--out", "--steps", "--batch-size", "--learning-rate", "--dropout"]
 
 
 @pytest.mark.parametrize(

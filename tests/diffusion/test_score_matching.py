@@ -420,7 +420,8 @@ def test_weights_multiply_the_loss(schedule, make, mixture):
     x0, eps = oracle.draw(3), torch.randn(3, 2, dtype=F64, generator=torch.Generator().manual_seed(0))
     plain = make("uniform")(oracle, x0, t, eps).detach()
     sigma, g = schedule.sigma(t), schedule.diffusion(t)
-    wanted = {"uniform": 1.0, "variance": sigma**2, "likelihood": g**2}
+    edm = sigma**2 * (1 + (sigma / (0.5 * schedule.alpha(t))) ** 2)
+    wanted = {"uniform": 1.0, "variance": sigma**2, "likelihood": g**2, "edm": edm}
     assert set(wanted) == set(LEVEL_WEIGHTS)
     for name, factor in wanted.items():
         torch.testing.assert_close(make(name)(oracle, x0, t, eps).detach(), factor * plain, rtol=1e-9, atol=1e-15)
