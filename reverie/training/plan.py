@@ -17,6 +17,7 @@ from reverie.data.words import make_vocabulary
 from reverie.diffusion.registry import schedules
 from reverie.models.card import Card, CodecSpec, DataRecord, NetworkSpec, SamplingDefaults, ScheduleSpec, WordsSpec
 from reverie.models.model import Model
+from reverie.models.speed import native_bfloat16
 from reverie.networks import networks
 from reverie.networks.dit import DiTConfig
 from reverie.networks.edm2 import RATES, SIZES
@@ -377,7 +378,4 @@ def fast_bfloat16(device: torch.device) -> bool:
     """Return whether the device has bfloat16 products in hardware."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type != "cpu":
-        return False
-    able = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
+    return device.type == "cpu" and native_bfloat16()
