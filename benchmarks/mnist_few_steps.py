@@ -87,7 +87,7 @@ TRAININGS = {
     "flow": Training(3, UNET | {"schedule": "flow", "prediction": "velocity"}),
     "distilled": Training(4, STUDENT | {"objective": "consistency"}, "edm", few(1.3)),
     "tuned": Training(4, STUDENT | {"objective": "easy-consistency", "stages": 5}, "edm", few(0.8)),
-    "mean-flow": Training(4, LATER | {"objective": "mean-flow"}, "flow", {"1": {"steps": 1}, "2": {"steps": 2}}),
+    "mean-flow": Training(10, LATER | {"objective": "mean-flow"}, "flow", {"1": {"steps": 1}, "2": {"steps": 2}}),
 }
 
 
