@@ -1,12 +1,12 @@
 r"""MNIST, from diffusion in 35 evaluations to one: the families for equal minutes, then models of one and two steps.
 
-    python benchmarks/mnist_few_steps.py --data FOLDER --minutes 24 --keep runs --json found.json --save pictures
+    python benchmarks/mnist_few_steps.py --data FOLDER --minutes 30 --keep runs --json found.json --save pictures
 
 trains, one after the other and all within the minutes,
 
     ddpm, edm, edm2, flow                               for 3 minutes each, from scratch,
     consistency distillation, easy consistency tuning   for 4 minutes each, both from edm,
-    MeanFlow                                            for 4 minutes, from flow,
+    MeanFlow                                            for 10 minutes, from flow,
 
 and prints the Frechet distance of 5,000 samples to the 10,000 test images in the features of the classifier of
 benchmarks/mnist.py: of the families at 35 evaluations, by DPM-Solver++(2M) in 35 steps on each one's own grid; of the
@@ -174,7 +174,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     add = parser.add_argument
     add("--data", type=Path, required=True, help="folder of MNIST's four IDX files, gzipped")
-    add("--minutes", type=float, default=24.0, help="minutes of training, all of them together (default: 24)")
+    add("--minutes", type=float, default=30.0, help="minutes of training, all of them together (default: 30)")
     add("--only", default=",".join(TRAININGS), help="trainings, in this order (default: %(default)s)")
     add("--samples", type=int, default=5000, help="samples of each (default: %(default)s)")
     add("--seed", type=int, default=0, help="the first sample's seed (default: 0)")
