@@ -24,6 +24,7 @@ from reverie.data import open_dataset
 from reverie.data.batches import run_split
 from reverie.evaluation.alignment import ImageText, retrieval, train_image_text
 from reverie.models.pictures import grid_picture
+from reverie.training.config import TrainConfig
 from reverie.training.setup import read_config
 
 PACKAGES = ("reverie", "torch")
@@ -42,7 +43,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--grid", type=Path)
     options = parser.parse_args()
-    config, model, began = read_config(Path(options.run)), rv.load(options.run), time.perf_counter()
+    config, model, began = read_config(Path(options.run), TrainConfig), rv.load(options.run), time.perf_counter()
     data = open_dataset(options.data, size=(model.codec.factor if model.codec else 1) * model.card.shape[1])
     captions = [data.caption(i) or "" for i in range(len(data))]
     seen, unseen = run_split(len(data), config.held_out, config.seed)

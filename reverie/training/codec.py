@@ -1,7 +1,6 @@
 """The training run of an autoencoder: from pictures to a vae's folder that diffusion is trained on (`--codec`)."""
 
 import hashlib
-import json
 import math
 import sys
 from collections.abc import Iterator
@@ -13,7 +12,6 @@ from typing import Any
 
 import torch
 from PIL.Image import Image
-from pydantic import ValidationError
 from torch import Tensor
 
 import reverie
@@ -36,7 +34,8 @@ from reverie.training.ema import EMA
 from reverie.training.metrics import Console, Stream, imported
 from reverie.training.optimizers import flatten_optimizer, restore_optimizer
 from reverie.training.plan import choose_device, choose_dtype, norm_groups, shape_words
-from reverie.training.run import BaseRun, Progress, Resume, check_folder, torch_threads
+from reverie.training.run import BaseRun, Progress, Resume, carry_out
+from reverie.training.setup import merge
 from reverie.training.update import StepReport, seeded, to_unit
 
 WIDTHS = (32, 64, 128, 128, 128, 128)
@@ -61,29 +60,7 @@ def train_codec(config: CodecConfig, resume: Resume = "no", stream: Stream = sys
         StorageError: The last checkpoint could not be saved.
         Stopped: A signal ended the run; its state is saved.
     """
-    folder = Path(config.out)
-    found = (folder / "config.json").exists()
-    check_folder(folder, found, resume)
-    with torch_threads(config.threads):
-        return CodecRun(merged(config, folder) if found else config, found, Console(stream)).go()
-
-
-def merged(config: CodecConfig, folder: Path) -> CodecConfig:
-    """Return the configuration of a resumed run: what was said then, and now about what may change.
-
-    Raises:
-        ModelFileError: The folder's is damaged, or that of another kind of run, or what is said makes it another run.
-    """
-    path = folder / "config.json"
-    try:
-        before = CodecConfig(**json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError, ValidationError) as error:
-        why = str(error).splitlines()[0]
-        raise ModelFileError(f"{path} is no configuration of a codec's run ({why}); restore it from a copy") from None
-    said = {name: getattr(config, name) for name in config.model_fields_set - {"out"}}
-    if fixed := [name for name in CODEC_FIXED if name in said and said[name] != getattr(before, name)]:
-        raise ModelFileError(f"{folder} is another run: {', '.join(fixed)} differ; leave these out to resume it")
-    return CodecConfig(**(before.model_dump(exclude_unset=True) | said | {"out": config.out}))
+    return carry_out(CodecRun, config, resume, stream)
 
 
 def network_for(config: CodecConfig, dataset: Dataset) -> AutoencoderConfig:
@@ -126,7 +103,10 @@ class CodecRun(BaseRun):
     config: CodecConfig
 
     def __init__(self, config: CodecConfig, resumed: bool, console: Console) -> None:
+        config, changes = merge(config, Path(config.out), CODEC_FIXED) if resumed else (config, [])
         super().__init__(config, resumed, console)
+        for line in changes:
+            self.say(line)
         self.dataset = open_dataset(
             config.data, on_bad=config.on_bad, max_bad=config.max_bad, limit=config.limit, size=config.size,
             channels=config.channels,

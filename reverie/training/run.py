@@ -7,10 +7,11 @@ of where in the run it is, so that a run that was killed and resumed is the run 
 
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from PIL.Image import Image
@@ -22,7 +23,7 @@ from reverie.base.storage import write_file
 from reverie.data.batches import Batch, Batches
 from reverie.kernels.memory import keep_freed_memory
 from reverie.models.checkpoints import Checkpoint, CheckpointStore
-from reverie.training.metrics import Console, MetricsLog, open_trackers
+from reverie.training.metrics import Console, MetricsLog, Stream, open_trackers
 from reverie.training.previews import png_bytes, preview_path, to_tensor
 from reverie.training.profiling import Profile
 from reverie.training.run_config import RunConfig
@@ -30,6 +31,7 @@ from reverie.training.signals import StopRequest
 from reverie.training.update import StepReport
 
 Resume = Literal["no", "yes", "auto"]
+Config = TypeVar("Config", bound=RunConfig)
 
 
 def check_folder(folder: Path, found: bool, resume: Resume) -> None:
@@ -41,6 +43,27 @@ def check_folder(folder: Path, found: bool, resume: Resume) -> None:
             raise UsageError(f"{folder} holds a run already; continue it with --resume, or choose another --out")
     if not found and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"{folder} is not empty and holds no run; choose another --out")
+
+
+def carry_out(
+    kind: Callable[[Config, bool, Console], "BaseRun"], config: Config, resume: Resume, stream: Stream
+) -> Path:
+    """Begin a run or go on with one, to its end, and return its folder.
+
+    Arguments:
+        kind: What makes the run, of its configuration, whether its folder holds it already, and the console.
+        config: What to do.
+        resume: "no" starts a run, "yes" continues one, "auto" does whichever fits.
+        stream: Where its report goes.
+
+    Raises:
+        UsageError: The folder does not hold what is asked for.
+    """
+    folder = Path(config.out)
+    found = (folder / "config.json").exists()
+    check_folder(folder, found, resume)
+    with torch_threads(config.threads):
+        return kind(config, found, Console(stream)).go()
 
 
 class torch_threads:  # noqa: N801 - a context manager

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from pydantic import ValidationError
 
@@ -14,8 +15,11 @@ from reverie.diffusion.schedules import Schedule
 from reverie.diffusion.times import ImportanceTimes, LogNormalTimes, TimeSampler, UniformTimes
 from reverie.training.config import FEW_STEPS, FIXED, SCORES, TrainConfig
 from reverie.training.few_step import few_step_times, make_few_step
+from reverie.training.run_config import RunConfig
 from reverie.training.scores import make_score
 from reverie.training.start import starts_on
+
+Config = TypeVar("Config", bound=RunConfig)
 
 
 def make_times(config: TrainConfig, schedule: Schedule) -> TimeSampler:
@@ -61,41 +65,40 @@ def make_objective(
     return simple
 
 
-def read_config(folder: Path) -> TrainConfig:
-    """Return a run's configuration.
+def read_config(folder: Path, kind: type[Config]) -> Config:
+    """Return a run's configuration, of a model's run or of another kind.
 
     Raises:
         ModelFileError: Its config.json is damaged.
     """
     path = folder / "config.json"
     try:
-        return TrainConfig(**json.loads(path.read_text()))
+        return kind(**json.loads(path.read_text()))
     except (OSError, ValueError, TypeError, ValidationError) as error:
         why = str(error).splitlines()[0]
         raise ModelFileError(f"{path} is no configuration of a run ({why}); restore it from a copy") from None
 
 
-def merge(config: TrainConfig, folder: Path) -> tuple[TrainConfig, list[str]]:
+def merge(config: Config, folder: Path, fixed: Sequence[str] = FIXED) -> tuple[Config, list[str]]:
     """Return the configuration of a resumed run, and its changes in words: what was said now, over what was said then.
 
     Raises:
         ModelFileError: The change would make it another run.
     """
-    before = read_config(folder)
-    said = {
-        name: getattr(config, name) for name in TrainConfig.model_fields if name in config.model_fields_set - {"out"}
-    }
+    kind = type(config)
+    before = read_config(folder, kind)
+    said = {name: getattr(config, name) for name in kind.model_fields if name in config.model_fields_set - {"out"}}
     changed = {name: value for name, value in said.items() if value != getattr(before, name)}
-    if fixed := [name for name in FIXED if name in changed]:
-        raise ModelFileError(describe_mismatch(folder, fixed, before, config))
+    if others := [name for name in fixed if name in changed]:
+        raise ModelFileError(describe_mismatch(folder, others, before, config))
     try:
-        merged = TrainConfig(**(before.model_dump(exclude_unset=True) | changed | {"out": config.out}))
+        merged = kind(**(before.model_dump(exclude_unset=True) | changed | {"out": config.out}))
     except ValidationError as error:
         raise UsageError(f"the changes do not go with the run's configuration: {error.errors()[0]['msg']}") from None
     return merged, [f"{name}: {value}, was {getattr(before, name)}" for name, value in changed.items()]
 
 
-def describe_mismatch(folder: Path, names: Sequence[str], before: TrainConfig, now: TrainConfig) -> str:
+def describe_mismatch(folder: Path, names: Sequence[str], before: RunConfig, now: RunConfig) -> str:
     """Return what differs, the first three and their number."""
     shown = "; ".join(f"{name} is {getattr(before, name)} there, {getattr(now, name)} here" for name in names[:3])
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""

@@ -42,7 +42,7 @@ class Point(NamedTuple):
 
 def run_data(run: Path) -> tuple[TrainConfig, Dataset]:
     """Return a run's configuration and its data."""
-    config = read_config(run)
+    config = read_config(run, TrainConfig)
     data = open_dataset(
         config.data, size=config.size, channels=config.channels, on_bad=config.on_bad, max_bad=config.max_bad,
         limit=config.limit,

@@ -43,7 +43,7 @@ from reverie.training.metrics import Console, Stream, imported
 from reverie.training.optimizers import flatten_optimizer, restore_optimizer
 from reverie.training.plan import choose_device, make_plan
 from reverie.training.previews import filled, preview
-from reverie.training.run import BaseRun, Progress, Resume, check_folder, torch_threads
+from reverie.training.run import BaseRun, Progress, Resume, carry_out
 from reverie.training.setup import make_objective, make_times, merge
 from reverie.training.snapshots import write_snapshot
 from reverie.training.start import read_start, start_with
@@ -70,11 +70,7 @@ def train(config: TrainConfig, resume: Resume = "no", stream: Stream = sys.stder
         StorageError: The last checkpoint could not be saved.
         Stopped: A signal ended the run; its state is saved.
     """
-    folder = Path(config.out)
-    found = (folder / "config.json").exists()
-    check_folder(folder, found, resume)
-    with torch_threads(config.threads):
-        return Run(config, found, Console(stream)).go()
+    return carry_out(Run, config, resume, stream)
 
 
 class Run(BaseRun):

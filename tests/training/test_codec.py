@@ -169,7 +169,7 @@ def test_what_does_not_go_together_is_refused(settings, words):
 
 def test_another_run_is_not_resumed(tmp_path):
     go(tmp_path / "run", steps=1)
-    with pytest.raises(ModelFileError, match="latent_channels differ"):
+    with pytest.raises(ModelFileError, match="latent_channels is 4 there, 3 here"):
         go(tmp_path / "run", "yes", steps=2, latent_channels=3)
     with pytest.raises(UsageError, match="holds a run already"):
         go(tmp_path / "run", steps=2)
