@@ -9,5 +9,6 @@ from reverie.kernels.attention import attention, self_attention
 from reverie.kernels.gate import gated
 from reverie.kernels.linear import linear
 from reverie.kernels.norm import ACTIVATIONS, group_norm
+from reverie.kernels.normal import fill
 
-__all__ = ["ACTIVATIONS", "attention", "gated", "group_norm", "linear", "self_attention"]
+__all__ = ["ACTIVATIONS", "attention", "fill", "gated", "group_norm", "linear", "self_attention"]

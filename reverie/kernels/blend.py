@@ -7,7 +7,7 @@ as it has them in its hands.
 """
 
 import ctypes
-from array import array
+import struct
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -37,9 +37,9 @@ class Blend:
         self.rows = [list(row) for row in rows]
         self.terms, self.sums = len(self.rows[0]), len(self.rows)
         # What csrc/kernels.cpp calls a plan.
-        self._plan = array("i", [self.terms, self.sums])
-        self._plan.frombytes(array("f", [weight for row in self.rows for weight in row]).tobytes())
-        self._address = self._plan.buffer_info()[0]
+        weights = [weight for row in self.rows for weight in row]
+        self._plan = struct.pack(f"2i{len(weights)}f", self.terms, self.sums, *weights)
+        self._call = struct.Struct(f"{2 + self.terms + self.sums}q").pack
 
     def fast(self, tensors: Sequence[Tensor]) -> tuple[list[Tensor], bool]:
         """Return the sums by the library, and whether all their numbers are finite.
@@ -51,8 +51,8 @@ class Blend:
             return self.plain(tensors), False
         x, empty = tensors[0], torch.empty_like
         out = [empty(x), empty(x)] if self.sums == 2 else [empty(x) for _ in range(self.sums)]
-        call = array("q", (x.numel(), torch.get_num_threads(), *map(ADDRESS, tensors), *map(ADDRESS, out)))
-        return out, not function()(self._address, call.buffer_info()[0])
+        call = self._call(x.numel(), torch.get_num_threads(), *map(ADDRESS, tensors), *map(ADDRESS, out))
+        return out, not function()(self._plan, call)
 
     def plain(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Return the sums: the twin, by PyTorch, for tensors of any dtype and device."""
@@ -78,5 +78,5 @@ def alike(tensor: Tensor, x: Tensor) -> Tensor:
 def function() -> Any:
     """Return the library's function."""
     found = library().reverie_blend  # type: ignore[union-attr]
-    found.argtypes = [ctypes.c_void_p] * 2
+    found.argtypes = [ctypes.c_char_p] * 2
     return found

@@ -3,6 +3,7 @@
 #include "blend.h"
 #include "gate.h"
 #include "norm.h"
+#include "normal.h"
 #ifdef _OPENMP
 #include <omp.h>
 #else
@@ -169,4 +170,11 @@ API int reverie_blend(const int32_t* plan, const int64_t* call) {
         bad |= !BLENDS[terms - 1](from, to, sums, weights, in, out);
     }
     return bad;
+}
+
+// Rows of standard normal numbers, each by a key of its own of two words.
+API int reverie_normals(const uint64_t* keys, int64_t rows, int64_t count, float* out, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1 && rows > 1)
+    for (int64_t row = 0; row < rows; row++) normals(keys[2 * row], keys[2 * row + 1], count, out + row * count);
+    return 0;
 }
