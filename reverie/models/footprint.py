@@ -42,7 +42,8 @@ def step_bytes(network: nn.Module, plan: SamplingPlan) -> int:
         return 0
     asked = plan.batch_size * (2 if plan.guided else 1)
     rows = asked if plan.bucket is None else plan.bucket
-    config, (height, width) = unet.config, plan.shape[1:]
+    config = unet.config
+    height, width = (-(-side // config.patch) for side in plan.shape[1:])
     skips, most = 0, 0
     for level, channels in enumerate(config.channels):
         pixels = -(-height // 2**level) * -(-width // 2**level)

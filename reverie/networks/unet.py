@@ -4,6 +4,9 @@ r"""The U-Net: down through the levels, across the bottom, and up again with wha
     x_0 = conv(x);  x_{l+1} = down_l(x_l, emb);  y_L = middle(x_L, emb);  y_l = up_l([y_{l+1}, x_l], emb)       (2)
     out = conv(silu(norm(y_0)))                                                                             (3)
 
+With patches of p pixels a side, x is (B, C p^2, H / p, W / p) in (2), and out is taken apart again: the first level
+has p^2 times fewer places, which leaves time for more channels.
+
 With positions, x_0 = conv(x) + (W + M emb) waves(place): convolutions see the edge of an image alone, and little of
 it in the middle, so that words for a place have nothing else to hold on to.
 
@@ -24,6 +27,8 @@ References:
     https://arxiv.org/abs/2112.10752
     SDXL: Improving Latent Diffusion Models for High-Resolution Image Synthesis (Podell et al., 2023), section 2.2
     https://arxiv.org/abs/2307.01952
+    Simple diffusion: End-to-end diffusion for high resolution images (Hoogeboom et al., 2023), for patches
+    https://arxiv.org/abs/2301.11093
     Latent Consistency Models (Luo et al., 2023), section 4.2, for the vector beside the time
     https://arxiv.org/abs/2310.04378
     An Intriguing Failing of Convolutional Neural Networks and the CoordConv Solution (Liu et al., 2018)
@@ -36,6 +41,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Real
 from torch import Tensor, nn
 
@@ -106,7 +112,7 @@ class UNet(nn.Module):
         super().__init__()
         self.config = config
         first = config.channels[0]
-        self.conv_in = nn.Conv2d(config.in_channels, first, 3, padding=1)
+        self.conv_in = nn.Conv2d(config.in_channels * config.patch**2, first, 3, padding=1)
         self.places = Places(first, config.time_channels) if config.positions else None
         self.time_proj = self._time_features()
         features = 2 * first if config.time_embedding_type == "fourier" else first
@@ -144,7 +150,7 @@ class UNet(nn.Module):
             ]
         )
         self.conv_norm_out = GroupNorm(config.groups(first), first, config.norm_eps)
-        self.conv_out = zeroed(nn.Conv2d(first, config.out_channels, 3, padding=1))
+        self.conv_out = zeroed(nn.Conv2d(first, config.out_channels * config.patch**2, 3, padding=1))
 
     def _time_features(self) -> nn.Module:
         config, first = self.config, self.config.channels[0]
@@ -200,6 +206,8 @@ class UNet(nn.Module):
         self._check_added(len(x), pooled, sizes, time_cond)
         emb = self._embed(time, label, pooled, sizes, time_cond)
         x = 2 * x - 1 if self.config.center_input_sample else x
+        size = x.shape[2:]
+        x = patches(x, self.config.patch)
         image: Tensor | None = x
         x = self.conv_in(x)
         if self.places is not None:
@@ -220,7 +228,7 @@ class UNet(nn.Module):
             x = x + image
         if self.config.time_embedding_type == "fourier":
             x = (x / time[:, None, None, None]).to(x.dtype)
-        return x
+        return x if self.config.patch == 1 else F.pixel_shuffle(x, self.config.patch)[..., : size[0], : size[1]]
 
     def _below(
         self, x: Tensor, emb: Tensor, context: Tensor | None, skips: list[Tensor], image: Tensor | None
@@ -290,6 +298,21 @@ class UNet(nn.Module):
             raise UsageError(
                 f"time_cond is {tuple(time_cond.shape)}; it must be ({count}, {config.time_cond_proj_dim})"
             )
+
+
+def patches(x: Float[Tensor, "b c h w"], patch: int) -> Float[Tensor, "b c2 h2 w2"]:
+    """Return images with the pixels of each patch as channels of one: (B, C p^2, H / p, W / p).
+
+    A side that the patch does not divide is continued with zeros first.
+
+    Example:
+        >>> patches(torch.zeros(1, 3, 5, 8), 2).shape
+        torch.Size([1, 12, 3, 4])
+    """
+    if patch == 1:
+        return x
+    height, width = x.shape[2:]
+    return F.pixel_unshuffle(F.pad(x, (0, -width % patch, 0, -height % patch)), patch)
 
 
 def with_channels(x: Tensor, beside: Tensor) -> Tensor:

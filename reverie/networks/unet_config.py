@@ -136,6 +136,8 @@ class UNetConfig(BaseModel):
     """Channels of a vector that is projected and added to the features of the time."""
     center_input_sample: bool = False
     """Take images in [0, 1] to [-1, 1] first."""
+    patch: Annotated[int, Field(ge=1, le=64)] = 1
+    """Pixels a side that become channels of one before the first convolution; diffusers has one alone."""
     positions: bool = False
     """Each pixel is told where in the image it is; diffusers has no such network."""
 
@@ -231,6 +233,8 @@ class UNetConfig(BaseModel):
             return None
         if (self.in_channels, self.out_channels) != (3, 3):
             return f"Skip blocks are for 3 channels in and out, not {self.in_channels} and {self.out_channels}"
+        if self.patch > 1:
+            return f"Skip blocks carry the image itself, of which patch {self.patch} leaves none"
         if any(channels % 32 for channels in self.channels):
             return f"Skip blocks need a multiple of 32 channels at every level, not {list(self.channels)}"
         if down != sorted(down, reverse=True) or up != sorted(up):
@@ -564,8 +568,9 @@ def sentence(error: ValidationError, renamed: Mapping[str, str]) -> str:
 
 def _write(config: UNetConfig) -> dict[str, Any]:
     kind = "UNet2DModel" if config.context_dim is None else "UNet2DConditionModel"
-    if config.positions:
-        raise UsageError(f"positions: true is nothing that diffusers' {kind} can say")
+    for name, plain in (("positions", False), ("patch", 1)):
+        if getattr(config, name) != plain:
+            raise UsageError(f"{name}: {getattr(config, name)} is nothing that diffusers' {kind} can say")
     names = [name for name in DEFAULTS[kind] if RENAMED.get(name, name) in UNetConfig.model_fields]
     theirs = {"_class_name": kind} | {name: getattr(config, RENAMED.get(name, name)) for name in names}
     theirs |= {"down_block_types": config.down_types, "up_block_types": config.up_types}

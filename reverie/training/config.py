@@ -54,7 +54,9 @@ class TrainConfig(RunConfig):
     layers: int | None = option("network", None, "residual blocks a level, dit's in all; from the preset", ge=1, le=64)
     attention: tuple[bool, ...] | None = option("network", None, "self-attention at each level; from the preset")
     head_dim: int | None = option("network", None, "channels of an attention head; from the preset", ge=1, le=1024)
-    patch: int | None = option("network", None, "pixels a side of dit's patches; 16 patches a side", ge=1, le=64)
+    patch: int | None = option(
+        "network", None, "pixels a side of a patch: 1 for unet, and dit's leave 16 patches a side", ge=1, le=64
+    )
     dropout: float = option("network", 0.0, "dropout in the residual blocks", ge=0, lt=1)
     time_scale_shift: bool = option("network", False, "time scales and shifts, instead of adding; so with captions")
     checkpointing: bool = option("network", False, "recompute activations in the backward pass: less memory, more time")
@@ -172,8 +174,8 @@ class TrainConfig(RunConfig):
     def of_transformers(self) -> Any:
         """Yield what does not go with a transformer, or goes with nothing else, in words."""
         if self.network != "dit":
-            if self.patch is not None:
-                yield f"patch is dit's; {self.network} has none"
+            if self.patch is not None and self.network == "edm2":
+                yield "patch is unet's and dit's; edm2 has none"
             return
         if self.attention or self.time_scale_shift:
             yield "attention and time_scale_shift are the U-Net's; dit has neither"

@@ -105,8 +105,9 @@ def network_words(network: Any) -> str:
     """Return the sizes of a network in words."""
     if isinstance(network, DiTConfig):
         return transformer_words(network)
+    patches = f"patches of {patch}x{patch}, " if (patch := getattr(network, "patch", 1)) > 1 else ""
     return (
-        f"channels {plain(network.channels)}, {plain(network.layers)} blocks a level, "
+        f"{patches}channels {plain(network.channels)}, {plain(network.layers)} blocks a level, "
         f"attention {plain(network.attention)}"
     )
 
@@ -189,10 +190,10 @@ def with_codec(card: Card, codec: CodecSpec | None) -> Card:
 
 def sampling_defaults(config: TrainConfig) -> SamplingDefaults:
     """Return how the model is sampled where nobody says otherwise."""
+    if config.schedule == "edm" and config.objective == "simple":
+        return EDM_SAMPLING.model_copy(update={"guidance": GUIDANCE if config.captions else EDM_SAMPLING.guidance})
     if config.captions:
         return SamplingDefaults(guidance=GUIDANCE)
-    if config.schedule == "edm" and config.objective == "simple":
-        return EDM_SAMPLING
     if config.objective in SCORES and config.schedule == "ve":
         return LANGEVIN
     return SAMPLING.get(config.objective, SamplingDefaults())
@@ -222,18 +223,26 @@ def choose_network(
     if isinstance(preset, TransformerPreset):
         dit = transformer_config(config, dataset, preset, labels)
         return NetworkSpec(name="dit", config=dit) if text is None else captioned("dit", dit, text, preset.width)
-    return network_spec(network_config(config, dataset, preset, labels), text, preset)
+    return network_spec(network_config(config, dataset, preset, labels), text, preset, bool(config.attention))
 
 
-def network_spec(unet: dict[str, Any], text: WordsSpec | None, preset: Preset) -> NetworkSpec:
-    """Return the U-Net, with an encoder of words before it where there are captions."""
+def network_spec(unet: dict[str, Any], text: WordsSpec | None, preset: Preset, chosen: bool) -> NetworkSpec:
+    """Return the U-Net, with an encoder of words before it where there are captions.
+
+    Arguments:
+        unet: What the U-Net is made of.
+        text: The vocabulary.
+        preset: What the encoder's width is taken from.
+        chosen: Whether the levels that attend were asked for.
+    """
     if "sample_size" not in unet:
         return NetworkSpec(name="edm2", config=unet)
     if text is None:
         return NetworkSpec(config=unet)
-    # The words are looked at wherever 16 pixels a side or fewer are left, not on one level alone.
-    levels = attending(len(unet["channels"]), max(unet["sample_size"]))
-    unet = unet | {"attention": [level >= levels.index(True) if any(levels) else True for level in range(len(levels))]}
+    if not chosen:  # the words are looked at wherever 16 pixels a side or fewer are left, not on one level alone
+        levels = attending(len(unet["channels"]), max(unet["sample_size"]) / unet.get("patch", 1))
+        first = levels.index(True) if any(levels) else 0
+        unet = unet | {"attention": [level >= first for level in range(len(levels))]}
     return captioned("unet", unet | {"positions": True}, text, 4 * preset.width)
 
 
@@ -259,11 +268,12 @@ def choose_preset(config: TrainConfig, device: torch.device) -> str:
 
 def network_config(config: TrainConfig, dataset: Dataset, preset: Preset, labels: bool) -> dict:
     """Return the network's configuration: levels until 8 pixels are left, attention first where 16 or fewer are."""
-    channels, height, width = dataset.shape
-    levels = min(6, max(2, round(math.log2(max(height, width) / 8)) + 1))
+    (channels, height, width), patch = dataset.shape, config.patch or 1
+    side = math.ceil(max(height, width) / patch)
+    levels = min(6, max(2, round(math.log2(side / 8)) + 1))
     widths = config.widths or tuple(preset.width * factor for factor in preset.growth[:levels])
     edm2 = config.network == "edm2"
-    attention = config.attention or (attending_all if edm2 else attending)(len(widths), max(height, width))
+    attention = config.attention or (attending_all if edm2 else attending)(len(widths), side)
     if len(attention) != len(widths):
         raise UsageError(f"attention names {len(attention)} levels, but the network has {len(widths)}: {widths}")
     common = {
@@ -282,6 +292,7 @@ def network_config(config: TrainConfig, dataset: Dataset, preset: Preset, labels
         "norm_num_groups": norm_groups(widths),
         "resnet_time_scale_shift": "scale_shift" if config.time_scale_shift else "default",
         "sample_size": [height, width],
+        **({"patch": patch} if patch > 1 else {}),
     }
 
 
@@ -308,7 +319,7 @@ def attending_all(levels: int, size: int) -> tuple[bool, ...]:
     return tuple(level > 0 and size / 2**level <= 16 for level in range(levels))
 
 
-def attending(levels: int, size: int) -> tuple[bool, ...]:
+def attending(levels: int, size: float) -> tuple[bool, ...]:
     """Return which levels attend: the first that has 16 pixels a side or fewer, if it is not the last.
 
     Example:

@@ -74,6 +74,24 @@ def test_with_positions_a_place_is_known_far_from_every_edge():
         assert (float(middle.max() - middle.min()) < 1e-5) == alike
 
 
+@pytest.mark.parametrize("size", [(8, 12), (7, 9)])
+def test_patches_are_a_plain_network_of_their_pixels(size):
+    """The same layers, given the pixels of patches as channels, and their result taken apart by hand."""
+    unet = build(**SMALL | {"in_channels": 3, "out_channels": 3, "patch": 2}, positions=True)
+    plain = build(**SMALL | {"in_channels": 12, "out_channels": 12}, positions=True)
+    plain.load_state_dict(unet.state_dict())
+    x = images(unet, *size)
+    padded = torch.zeros(len(x), 3, *(n + n % 2 for n in size), dtype=x.dtype)
+    padded[:, :, : size[0], : size[1]] = x
+    corners = [padded[:, :, i::2, j::2] for i in (0, 1) for j in (0, 1)]  # (B, 3, H / 2, W / 2) each
+    times = torch.arange(float(len(x)))
+    y = plain(torch.stack(corners, 2).flatten(1, 2), times).unflatten(1, (3, 4))
+    whole = torch.empty_like(padded)
+    for k, (i, j) in enumerate((i, j) for i in (0, 1) for j in (0, 1)):
+        whole[:, :, i::2, j::2] = y[:, :, k]
+    assert torch.equal(unet(x, times), whole[:, :, : size[0], : size[1]])
+
+
 def test_the_output_is_zero_before_training():
     unet = UNet(UNetConfig(**SMALL))
     assert not unet(images(unet, 8, 8).float(), torch.tensor([1.0, 2.0])).any()

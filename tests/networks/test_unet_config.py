@@ -196,9 +196,11 @@ def test_a_number_of_heads_becomes_a_width_where_it_can():
         UNetConfig(channels=(32, 64, 64), attention=(True, True, True), num_heads=4).to_diffusers()
 
 
-def test_positions_are_nothing_that_diffusers_has():
+def test_positions_and_patches_are_nothing_that_diffusers_has():
     with pytest.raises(UsageError, match="positions"):
         UNetConfig(channels=(32, 64), positions=True).to_diffusers()
+    with pytest.raises(UsageError, match="patch: 2"):
+        UNetConfig(channels=(32, 64), patch=2).to_diffusers()
 
 
 @pytest.mark.parametrize(

@@ -90,7 +90,7 @@ def test_a_transformers_patches_follow_the_size(digits):
         ({"widths": (32, 64)}, "one width"),
         ({"preset": "xs"}, "edm2's"),
         ({"objective": "mean-flow", "schedule": "flow", "prediction": "velocity"}, "no place"),
-        ({"network": "unet", "patch": 2}, "patch is dit's"),
+        ({"network": "edm2", "patch": 2}, "edm2 has none"),
     ],
 )
 def test_what_a_transformer_has_not_is_refused(settings, words):
@@ -110,6 +110,15 @@ def test_heads_that_do_not_divide_are_refused(digits):
         plan(digits, network="dit", widths=(64,), head_dim=12)
 
 
+def test_patches_leave_fewer_levels():
+    """Of 32 pixels a side, 16 patches of two: two levels, not three, and attention where 16 or fewer are left."""
+    shapes = open_dataset("shapes:32,count=40")
+    unet = plan(shapes, patch=2).card.network.config
+    assert (unet["patch"], len(unet["channels"])) == (2, 2)
+    assert plan(shapes, patch=2, captions=True).card.network.config["unet"]["attention"] == [True, True]
+    assert "patch" not in plan(shapes).card.network.config
+
+
 def test_captions_bring_positions_and_a_scaling_time():
     """What a U-Net needs to put things where words say; a card from before has neither, and stays what it was."""
     shapes = open_dataset("shapes:32,count=40")
@@ -117,6 +126,8 @@ def test_captions_bring_positions_and_a_scaling_time():
     assert network.name == "captioned"
     assert network.config["unet"]["positions"]
     assert network.config["unet"]["resnet_time_scale_shift"] == "scale_shift"
+    some = plan(shapes, captions=True, widths=(8, 16, 16), attention=(False, False, True)).card.network.config["unet"]
+    assert some["attention"] == [False, False, True]  # what is asked for is what there is
     added = plan(shapes, captions=True, time_scale_shift=False).card.network.config["unet"]
     assert added["resnet_time_scale_shift"] == "default"
     alone = plan(shapes).card.network.config
