@@ -5,7 +5,8 @@ r"""The kernels by shape: time forward and backward, and error, beside the plain
 Times are the process's own CPU time with one thread, medians of runs in which the two take turns: what else the machine
 does disturbs both alike. Errors are the largest difference from the same in float64 over the largest value, of the
 output and of the worst of its gradients. Shapes are those of a small U-Net's training step (batch 64, 32x32) and of
-Stable Diffusion 1.5 (batch 2, latents of 64x64).
+Stable Diffusion 1.5 (batch 2, latents of 64x64). Convolutions are those of packed weights, forward alone: oneDNN's
+(plain) and Winograd's (fast); `--only convolution`.
 """
 
 import argparse
@@ -23,9 +24,10 @@ import torch.nn.functional as F
 from report import machine, table, versions
 from torch import Tensor
 
-from reverie.kernels import dispatch
+from reverie.kernels import dispatch, winograd
 from reverie.kernels.attention import by_formula
 from reverie.kernels.linear import convolution
+from reverie.kernels.packed import blocks_of_convolution, convolve
 
 attention_of, norm_of = (sys.modules[f"reverie.kernels.{name}"] for name in ("attention", "norm"))
 
@@ -56,6 +58,31 @@ LINEAR = {  # rows, in, out
     "SD 1.5, 1280": (512, 1280, 1280),
     "SD 1.5, 320 to 2560": (8192, 320, 2560),
     "SD 1.5, 77 words": (154, 768, 320),
+}
+CONVOLUTION = {  # samples, in, out, size
+    "SD 1.5, 64x64, 320": (2, 320, 320, 64),
+    "SD 1.5, 64x64, 640 to 320": (2, 640, 320, 64),
+    "SD 1.5, 64x64, 960 to 320": (2, 960, 320, 64),
+    "SD 1.5, 64x64, 640": (2, 640, 640, 64),
+    "SD 1.5, 32x32, 320 to 640": (2, 320, 640, 32),
+    "SD 1.5, 32x32, 640": (2, 640, 640, 32),
+    "SD 1.5, 32x32, 960 to 640": (2, 960, 640, 32),
+    "SD 1.5, 32x32, 1280 to 640": (2, 1280, 640, 32),
+    "SD 1.5, 32x32, 1920 to 640": (2, 1920, 640, 32),
+    "SD 1.5, 32x32, 1280": (2, 1280, 1280, 32),
+    "SD 1.5, 16x16, 640 to 1280": (2, 640, 1280, 16),
+    "SD 1.5, 16x16, 1280": (2, 1280, 1280, 16),
+    "SD 1.5, 16x16, 1920 to 1280": (2, 1920, 1280, 16),
+    "SD 1.5, 16x16, 2560 to 1280": (2, 2560, 1280, 16),
+    "SD 1.5, 8x8, 1280": (2, 1280, 1280, 8),
+    "SD 1.5, 8x8, 2560 to 1280": (2, 2560, 1280, 8),
+    "decoder, 64x64, 512": (1, 512, 512, 64),
+    "decoder, 128x128, 512": (1, 512, 512, 128),
+    "decoder, 256x256, 256": (1, 256, 256, 256),
+    "decoder, 256x256, 128": (1, 128, 128, 256),
+    "tiny decoder, 256x256, 64": (1, 64, 64, 256),
+    "small U-Net, 32x32": (64, 32, 32, 32),
+    "small U-Net, 16x16": (64, 64, 64, 16),
 }
 Function = Callable[..., Tensor]
 
@@ -147,7 +174,39 @@ def linear(shape: tuple[int, ...], dtype: torch.dtype, runs: int) -> dict[str, A
     return compared(F.linear, convolution, F.linear, inputs, runs, 2 * rows * inner * outer)
 
 
-OPERATORS = {"attention": (attention, ATTENTION), "norm": (norm, NORM), "linear": (linear, LINEAR)}
+def packed_convolution(shape: tuple[int, ...], dtype: torch.dtype, runs: int) -> dict[str, Any]:
+    """Measure a convolution of packed weights, forward: oneDNN's (plain) and Winograd's (fast)."""
+    samples, inner, outer, size = shape
+    x = torch.randn(samples, inner, size, size).to(dtype).to(memory_format=torch.channels_last)
+    weight, bias = (torch.randn(outer, inner, 3, 3) / (9 * inner) ** 0.5).to(dtype), torch.randn(outer).to(dtype)
+    m, blocks = winograd.tile(inner, outer, dtype), blocks_of_convolution(weight, (1, 1), (1, 1))
+    if not m:
+        raise SystemExit(f"kernels.py: there is no Winograd convolution in {dtype} here (reverie doctor says why)")
+    transformed, wide = winograd.transform(weight, m, dtype), bias.float()
+    works = [lambda: convolve(x, blocks, bias, (1, 1), (1, 1)), lambda: winograd.convolve(x, transformed, wide)]
+    times = medians(works, runs)
+    wanted = F.conv2d(x[:1].double(), weight.double(), bias.double(), padding=1)
+    flop = 18 * samples * inner * outer * size**2
+    found = {
+        name: {
+            "forward_ms": 1e3 * seconds,
+            "forward_gflops": flop / seconds / 1e9,
+            "relative_error": float((work()[:1] - wanted).norm() / wanted.norm()),
+        }
+        for name, work, seconds in zip(("plain", "fast"), works, times, strict=True)
+    }
+    return {"m": m} | found
+
+
+OPERATORS = {
+    "attention": (attention, ATTENTION),
+    "norm": (norm, NORM),
+    "linear": (linear, LINEAR),
+    "convolution": (packed_convolution, CONVOLUTION),
+}
+HEAD = ["", "forward ms: plain", "fast", "x", "backward ms: plain", "fast", "x"]
+HEAD += ["error: plain", "fast", "of gradients: plain", "fast"]
+FORWARD = ["", "m", "ms: plain", "fast", "x", "GFLOP/s: plain", "fast", "relative error: plain", "fast"]
 
 
 def rows(found: dict[str, Any]) -> list[list[str]]:
@@ -160,6 +219,18 @@ def rows(found: dict[str, Any]) -> list[list[str]]:
             cells += [f"{a[way]:.1f}", f"{b[way]:.1f}", f"{a[way] / b[way]:.2f}"]
         for kind in ("error", "gradient_error"):
             cells += [f"{a[kind]:.0e}", f"{b[kind]:.0e}"]
+        lines.append([name, *cells])
+    return lines
+
+
+def forward_rows(found: dict[str, Any]) -> list[list[str]]:
+    """Return the lines of the printed table of what has no backward."""
+    lines = []
+    for name, got in found.items():
+        a, b = got["plain"], got["fast"]
+        cells = [str(got["m"]), f"{a['forward_ms']:.1f}", f"{b['forward_ms']:.1f}"]
+        cells += [f"{a['forward_ms'] / b['forward_ms']:.2f}"]
+        cells += [f"{x['forward_gflops']:.0f}" for x in (a, b)] + [f"{x['relative_error']:.1e}" for x in (a, b)]
         lines.append([name, *cells])
     return lines
 
@@ -195,8 +266,6 @@ def main(arguments: Sequence[str]) -> int:
         "kernels": dispatch.status(),
         "dtype": options.dtype,
     }
-    head = ["", "forward ms: plain", "fast", "x", "backward ms: plain", "fast", "x"]
-    head += ["error: plain", "fast", "of gradients: plain", "fast"]
     for operator in options.only:
         measure, shapes = OPERATORS[operator]
         found = {}
@@ -206,7 +275,9 @@ def main(arguments: Sequence[str]) -> int:
             found[name] = {"shape": shape} | measure(shape, dtype, options.runs)
             print(f"{operator}, {name}", file=sys.stderr, flush=True)
         result[operator] = found
-        print(f"\n{operator}\n\n{table(head, rows(found))}", flush=True)
+        forward = operator == "convolution"
+        text = table(FORWARD, forward_rows(found)) if forward else table(HEAD, rows(found))
+        print(f"\n{operator}\n\n{text}", flush=True)
     if options.json:
         options.json.write_text(json.dumps(result, indent=1) + "\n")
     return 0

@@ -25,13 +25,14 @@ static inline __attribute__((always_inline)) void product(V (&acc)[MR][NV], long
     } while (++k < K);
 }
 
-template <class N, bool TWO, int MR, int NV>
+// FRESH: C = A B, whatever C was.
+template <class N, bool TWO, int MR, int NV, bool FRESH>
 static inline void tile(long K, const float* a, long am, long ak, const float* b, long ldb, float* c, long ldc) {
     V acc[MR][NV];
 #pragma GCC unroll 16
     for (int i = 0; i < MR; i++)
 #pragma GCC unroll 16
-        for (int n = 0; n < NV; n++) acc[i][n] = load(c + i * ldc + n * W);
+        for (int n = 0; n < NV; n++) acc[i][n] = FRESH ? V{} : load(c + i * ldc + n * W);
     product<N, TWO>(acc, K, a, am, ak, b, ldb);
 #pragma GCC unroll 16
     for (int i = 0; i < MR; i++)
@@ -42,19 +43,19 @@ static inline void tile(long K, const float* a, long am, long ak, const float* b
 // Rows of a tile: as many as the registers hold.
 constexpr int rows_of(int NV) { return W == 16 ? (NV == 4 ? 6 : NV == 3 ? 8 : 12) : (NV == 2 ? 6 : 12); }
 
-template <class N, bool TWO, int MR, int NV>
+template <class N, bool TWO, int MR, int NV, bool FRESH>
 static inline void some_rows(int rows, long K, const float* a, long am, long ak, const float* b, long ldb, float* c,
                              long ldc) {
-    if (rows == MR) tile<N, TWO, MR, NV>(K, a, am, ak, b, ldb, c, ldc);
-    else if constexpr (MR > 1) some_rows<N, TWO, MR - 1, NV>(rows, K, a, am, ak, b, ldb, c, ldc);
+    if (rows == MR) tile<N, TWO, MR, NV, FRESH>(K, a, am, ak, b, ldb, c, ldc);
+    else if constexpr (MR > 1) some_rows<N, TWO, MR - 1, NV, FRESH>(rows, K, a, am, ak, b, ldb, c, ldc);
 }
 
-template <class N, bool TWO, int NV>
+template <class N, bool TWO, int NV, bool FRESH = false>
 static void panel(long M, long K, const float* a, long am, long ak, const float* b, long ldb, float* c, long ldc) {
     const long tiles = (M + rows_of(NV) - 1) / rows_of(NV);
     for (long t = 0, m = 0; t < tiles; t++) {  // tiles of as equal height as can be
         const int rows = int((M - m + tiles - t - 1) / (tiles - t));
-        some_rows<N, TWO, rows_of(NV), NV>(rows, K, a + m * am, am, ak, b, ldb, c + m * ldc, ldc);
+        some_rows<N, TWO, rows_of(NV), NV, FRESH>(rows, K, a + m * am, am, ak, b, ldb, c + m * ldc, ldc);
         m += rows;
     }
 }

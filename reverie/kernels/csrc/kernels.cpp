@@ -4,6 +4,7 @@
 #include "gate.h"
 #include "norm.h"
 #include "normal.h"
+#include "winograd.h"
 #ifdef _OPENMP
 #include <omp.h>
 #else
@@ -178,3 +179,50 @@ API int reverie_normals(const uint64_t* keys, int64_t rows, int64_t count, float
     for (int64_t row = 0; row < rows; row++) normals(keys[2 * row], keys[2 * row + 1], count, out + row * count);
     return 0;
 }
+
+// How wide a panel of weights is, in numbers: whole ones, and the last in whole vectors.
+API int reverie_panel() { return PANEL * W; }
+API int reverie_vector() { return W; }
+
+// Samples share blocks of tiles; where there are fewer blocks than threads, the outputs are shared out as well.
+template <int M, class N, class T = typename N::Number>
+static int winograd(const int64_t* shape, const T* x, const float* u, const float* bias, T* y, int threads) {
+    const Image n{shape[0], shape[1], shape[2], shape[3], shape[4]};
+    const Winograd<M, N> w(n, x, u, bias, y);
+    const long panels = (w.vectors() + PANEL - 1) / PANEL;
+    long blocks = (w.tiles + TILES - 1) / TILES;
+    if (blocks > threads) blocks = (blocks + threads - 1) / threads * threads;
+    const long wanted = (threads + blocks - 1) / blocks, parts = wanted < panels ? wanted : panels;
+    const Scratch scratch(threads, w.scratch());
+    if (!scratch.data) return 1;
+#pragma omp parallel for num_threads(threads) schedule(dynamic) if (threads > 1)
+    for (long task = 0; task < blocks * parts; task++) {
+        const long block = task / parts, part = task % parts;
+        w.run(w.tiles * block / blocks, w.tiles * (block + 1) / blocks, panels * part / parts,
+              panels * (part + 1) / parts, scratch.of(omp_get_thread_num()));
+    }
+    return 0;
+}
+
+template <int M, class N>
+static int winograd_weights(const float* g, int64_t out, int64_t in, typename N::Number* u, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(dynamic) if (threads > 1)
+    for (long first = 0; first < out; first += PANEL * W) transform_panel<M, N>(g, out, in, first, u);
+    return 0;
+}
+
+#define WINOGRAD(M, N, T, SUFFIX)                                                                                     \
+    API int reverie_winograd##M##SUFFIX(const int64_t* shape, const T* x, const float* u, const float* bias, T* y,    \
+                                        int threads) {                                                                \
+        return winograd<M, N>(shape, x, u, bias, y, threads);                                                         \
+    }                                                                                                                 \
+    API int reverie_winograd##M##_weights##SUFFIX(const float* g, int64_t out, int64_t in, T* u, int threads) {       \
+        return winograd_weights<M, N>(g, out, in, u, threads);                                                        \
+    }
+
+WINOGRAD(2, Single, float, )
+WINOGRAD(4, Single, float, )
+#ifdef __AVX512BF16__
+WINOGRAD(2, Half, uint16_t, _bfloat16)
+WINOGRAD(4, Half, uint16_t, _bfloat16)
+#endif

@@ -1,0 +1,169 @@
+"""Convolutions with fewer multiplications, against plain ones in float64."""
+
+import math
+from fractions import Fraction
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from reverie.kernels import dispatch
+from reverie.kernels.winograd import FEWEST, MOST, convolve, matrices, plain, polynomial, tile, transform, unpacked
+
+# Relative, in the 2-norm. In bfloat16 inputs and weights are exact: what is lost is that of the transformed numbers.
+NEAR = {(2, torch.float32): 1e-6, (4, torch.float32): 5e-6, (2, torch.bfloat16): 6e-3, (4, torch.bfloat16): 2e-2}
+KINDS = list(NEAR)
+LAST = torch.channels_last
+
+
+def drawn(samples, inner, outer, height, width, dtype, seed=0):
+    draw = torch.Generator().manual_seed(seed)
+    x = torch.randn(samples, inner, height, width, generator=draw).to(dtype)
+    g = (torch.randn(outer, inner, 3, 3, generator=draw) / (9 * inner) ** 0.5).to(dtype).float()
+    return x.contiguous(memory_format=LAST), g, torch.randn(outer, generator=draw)
+
+
+def off(y, wanted):
+    return float((y.double() - wanted).norm() / wanted.norm().clamp(min=1e-30))
+
+
+@pytest.fixture
+def kind(request, level):
+    """A tile and a dtype that the library in use has."""
+    m, dtype = request.param
+    if dtype == torch.bfloat16 and level != "avx512bf16":
+        pytest.skip(f"{level} multiplies no bfloat16")
+    return m, dtype
+
+
+@pytest.mark.parametrize("m", [2, 4])
+def test_the_matrices_give_the_convolution(m):
+    a, g, b = matrices(m)
+    d, w = torch.randn(m + 2, m + 2).double(), torch.randn(3, 3).double()
+    y = a @ ((g @ w @ g.T) * (b @ d @ b.T)) @ a.T
+    torch.testing.assert_close(y, F.conv2d(d[None, None], w[None, None])[0, 0], rtol=1e-12, atol=1e-12)
+
+
+def test_the_matrices_for_two_pixels_are_the_papers():
+    a, g, b = (matrix.tolist() for matrix in matrices(2))
+    assert g == [[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]]
+    assert b[:3] == [[1, 0, -1, 0], [0, 1, 1, 0], [0, -1, 1, 0]]
+    assert a[0] == [1, 1, 1, 0]
+
+
+def test_a_polynomial_is_zero_at_its_roots():
+    assert polynomial([Fraction(1), Fraction(-2), Fraction(3)]) == [6, -5, -2, 1]
+
+
+@pytest.mark.parametrize("kind", KINDS, indirect=True)
+@settings(deadline=None, max_examples=25, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.integers(1, 3),
+    st.integers(1, 70),
+    st.integers(1, 140),
+    st.integers(1, 20),
+    st.integers(1, 20),
+    st.booleans(),
+    st.integers(0, 2**31),
+)
+def test_it_is_the_convolution(kind, samples, inner, outer, height, width, biased, seed):
+    m, dtype = kind
+    x, g, bias = drawn(samples, inner, outer, height, width, dtype, seed)
+    weight = transform(g, m, dtype)
+    y = convolve(x, weight, bias if biased else None)
+    wanted = F.conv2d(x.double(), g.double(), bias.double() if biased else None, padding=1)
+    assert y.dtype == dtype
+    assert y.is_contiguous(memory_format=LAST)
+    assert off(y, wanted) < NEAR[kind]
+    assert off(plain(x, weight, bias if biased else None), wanted) < NEAR[kind]
+
+
+@pytest.mark.parametrize("kind", KINDS, indirect=True)
+def test_weights_are_transformed_as_the_formula_says(kind):
+    m, dtype = kind
+    _, weight, _ = drawn(1, 37, 150, 1, 1, dtype)
+    g = matrices(m)[1]
+    wanted = torch.einsum("pr,oirs,qs->pqio", g, weight.double(), g)
+    found = transform(weight, m, dtype)
+    torch.testing.assert_close(
+        unpacked(found), wanted.to(dtype), rtol=1e-2 if dtype == torch.bfloat16 else 1e-6, atol=1e-7
+    )
+    assert found.numbers.numel() < 1.4 * wanted.numel()
+
+
+@pytest.mark.parametrize("kind", KINDS, indirect=True)
+@pytest.mark.parametrize("size", [(8, 8), (7, 5), (30, 30)])
+def test_a_sample_has_its_own_bits(kind, size, monkeypatch):
+    """Whatever its batch, its place in it, and the threads."""
+    m, dtype = kind
+    x, g, bias = drawn(9, 40, 96, *size, dtype)
+    weight = transform(g, m, dtype)
+    wanted = convolve(x, weight, bias)
+    for first, last in ((0, 1), (3, 8), (8, 9)):
+        assert torch.equal(convolve(x[first:last], weight, bias), wanted[first:last])
+    for threads in (2, 3, 7):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        assert torch.equal(transform(g, m, dtype).numbers, weight.numbers)
+        for count in (1, 5, 9):
+            assert torch.equal(convolve(x[:count], weight, bias), wanted[:count])
+
+
+@pytest.mark.parametrize("kind", KINDS, indirect=True)
+def test_images_in_any_layout(kind):
+    m, dtype = kind
+    x, g, bias = drawn(2, 33, 40, 9, 6, dtype)
+    weight = transform(g, m, dtype)
+    wanted = convolve(x, weight, bias)
+    shifted = torch.empty(x.numel() + 1, dtype=dtype)[1:].view(2, 9, 6, 33).copy_(x.permute(0, 2, 3, 1))
+    for other in (x.contiguous(), x.flip(3).flip(3), x.repeat(1, 2, 1, 1)[:, :33], shifted.permute(0, 3, 1, 2)):
+        assert torch.equal(convolve(other, weight, bias), wanted)
+    assert convolve(x[:0], weight, bias).shape == (0, 40, 9, 6)
+
+
+@pytest.mark.parametrize("kind", KINDS, indirect=True)
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_what_is_not_finite_stays_in_the_tiles_that_see_it(kind, bad):
+    m, dtype = kind
+    x, g, bias = drawn(2, 32, 32, 16, 16, dtype)
+    weight = transform(g, m, dtype)
+    wanted = convolve(x, weight, bias)
+    x[0, 5, 8, 8] = bad  # in the middle: the tile of its own, and those above it and left of it
+    y = convolve(x, weight, bias)
+    assert not bool(y[0, :, 7:10, 7:10].isfinite().any())
+    far = torch.ones(16, 16, dtype=torch.bool)
+    far[8 - m : 8 + m, 8 - m : 8 + m] = False
+    assert torch.equal(y[0][:, far], wanted[0][:, far])
+    assert torch.equal(y[1], wanted[1])
+
+
+@pytest.mark.parametrize("kind", KINDS, indirect=True)
+def test_large_and_small_numbers(kind):
+    m, dtype = kind
+    x, g, _ = drawn(1, 32, 32, 8, 8, dtype)
+    wanted = F.conv2d(x.double(), g.double(), padding=1)
+    for scale in (2.0**100, 2.0**-60):
+        assert off(convolve(x * scale, transform(g, m, dtype), None).double() / scale, wanted) < NEAR[kind]
+
+
+def test_gradients_and_names_go_by_the_twin(level):
+    x, g, bias = drawn(2, 32, 32, 6, 6, torch.float32)
+    weight = transform(g, 4, torch.float32)
+    x.requires_grad_()
+    (found,) = torch.autograd.grad(convolve(x, weight, bias).square().sum(), x)
+    (wanted,) = torch.autograd.grad(F.conv2d(x, g, bias, padding=1).square().sum(), x)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    y = torch.func.vmap(lambda one: convolve(one[None], weight, bias)[0])(x.detach())
+    torch.testing.assert_close(y, convolve(x.detach(), weight, bias), rtol=1e-4, atol=1e-5)
+
+
+def test_the_rule_is_of_shape_and_dtype(level, monkeypatch):
+    assert tile(FEWEST, FEWEST, torch.float32) == 4
+    assert tile(FEWEST - 1, 64, torch.float32) == tile(64, FEWEST - 1, torch.bfloat16) == 0
+    assert tile(1280, 1280, torch.float32) == 2
+    assert 1280 * 1280 > MOST >= 1920 * 640
+    assert tile(64, 64, torch.float64) == 0
+    assert tile(64, 64, torch.bfloat16) == (2 if level == "avx512bf16" else 0)
+    monkeypatch.setenv(dispatch.VARIABLE, "plain")
+    assert tile(64, 64, torch.float32) == 0
