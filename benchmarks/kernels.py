@@ -198,7 +198,7 @@ def packed_convolution(shape: tuple[int, ...], dtype: torch.dtype, runs: int) ->
     return {"m": m} | found
 
 
-OPERATORS = {
+OPERATORS: dict[str, tuple[Callable[..., dict[str, Any]], Any]] = {
     "attention": (attention, ATTENTION),
     "norm": (norm, NORM),
     "linear": (linear, LINEAR),
