@@ -18,6 +18,7 @@ import json
 import math
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,8 +31,11 @@ from torch import Tensor
 
 import reverie as rv
 from reverie.data import open_dataset
+from reverie.data.batches import run_split
 from reverie.diffusion.guidance.zero_shot import Grey
 from reverie.models.model import Model
+from reverie.training.config import TrainConfig
+from reverie.training.setup import read_config
 
 SHOWN = 12
 PACKAGES = ("reverie", "torch", "numpy")
@@ -98,12 +102,19 @@ def grid(rows: list[Pictures], path: Path, scale: int = 2) -> None:
     Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels).save(path, optimize=True)
 
 
+def held_out(run: Path, count: int) -> Sequence[int]:
+    """Return the pictures that a run on this data did not train on."""
+    config = read_config(run, TrainConfig)
+    return run_split(count, config.held_out, config.seed)[1]
+
+
 def main() -> None:
     """Edit, print the table, write pictures and the JSON."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("model", type=Path, help="a consistency model")
     parser.add_argument("--data", required=True, help="pictures of its kind, as reverie train takes them")
     parser.add_argument("--count", type=int, default=64, help="how many are edited (default: 64)")
+    parser.add_argument("--held-out", action="store_true", help="those that the model's run kept from its training")
     parser.add_argument("--steps", type=int, default=16, help="rounds of each edit (default: 16)")
     parser.add_argument("--name", default="zero-shot", help="what the pictures' names begin with")
     parser.add_argument("--out", type=Path, help="write pictures into this folder")
@@ -111,7 +122,8 @@ def main() -> None:
     options = parser.parse_args()
     model = rv.load(options.model)
     data = open_dataset(options.data, size=model.card.shape[1], channels=model.card.shape[0])
-    rows = list(range(0, len(data), max(1, math.ceil(len(data) / options.count))))[: options.count]
+    rows = list(held_out(options.model, len(data)) if options.held_out else range(len(data)))
+    rows = rows[:: max(1, math.ceil(len(rows) / options.count))][: options.count]
     x = data.images(rows)
     mean = data.images(list(range(0, len(data), max(1, len(data) // 500)))).float().mean(0).round().to(torch.uint8)
     tasks = {"inpaint": inpaint, "super-resolution": enlarge} | ({"colourise": colourise} if x.shape[1] == 3 else {})
