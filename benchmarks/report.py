@@ -13,9 +13,17 @@ from jaxtyping import UInt8
 from PIL import Image
 from torch import Tensor
 
+from reverie.kernels.dispatch import status
+
 
 def machine() -> dict[str, object]:
-    """Return what the figures depend on: processor, cores, memory, system."""
+    """Return what the figures depend on: processor, cores, memory, system, and what serves the operators.
+
+    Said as well where it is not reverie's own library: figures of PyTorch's operators are not ours.
+    """
+    served = status()
+    if slow := [name for name, by in served.items() if by.startswith("PyTorch")]:
+        print(f"{', '.join(slow)}: {served[slow[0]]}", file=sys.stderr)
     pages = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {
         "processor": processor(),
@@ -23,6 +31,7 @@ def machine() -> dict[str, object]:
         "memory_gib": round(pages / 2**30, 1),
         "system": f"{platform.system()} {platform.machine()}",
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "kernels": served,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
 

@@ -54,6 +54,8 @@ def adapt(model: Model, loras: Mapping[str, float] | Sequence[str] = (), embeddi
         ModelFileError: A file is damaged, or for another model.
     """
     refuse_packed(model, "given LoRAs or words")
+    if isinstance(model.conditioner, ClipConditioner):
+        model.conditioner.keep()
     made = Adapted(Loras(parts_of(model)))
     weights = dict(loras) if isinstance(loras, Mapping) else dict.fromkeys(loras, 1.0)
     for path, weight in weights.items():

@@ -15,7 +15,7 @@ References:
     https://arxiv.org/abs/2307.01952
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -35,12 +35,40 @@ class ClipConditioner(Conditioner):
         encoders: transformers' CLIPTextModel, or of SDXL that and a CLIPTextModelWithProjection.
         tokens: A tokenizer for each.
         skip: Last layers that are left out ("clip skip", counted from 0).
+        read: Reads the encoders anew; None where they can't be let go.
     """
 
-    def __init__(self, spec: ClipSpec, encoders: Sequence[nn.Module], tokens: Sequence[Tokens], skip: int = 0) -> None:
-        self.spec, self.encoders, self.tokens, self.skip = spec, list(encoders), list(tokens), skip
-        for encoder in self.encoders:
-            encoder.eval().requires_grad_(False)
+    def __init__(
+        self,
+        spec: ClipSpec,
+        encoders: Sequence[nn.Module],
+        tokens: Sequence[Tokens],
+        skip: int = 0,
+        read: Callable[[], Sequence[nn.Module]] | None = None,
+    ) -> None:
+        self.spec, self.tokens, self.skip, self.read = spec, list(tokens), skip, read
+        self.device = torch.device("cpu")
+        self.held: list[nn.Module] | None = [frozen(encoder) for encoder in encoders]
+
+    @property
+    def encoders(self) -> list[nn.Module]:
+        """The encoders, read again where they were let go.
+
+        Raises:
+            ModelFileError: Their files are not what they were.
+        """
+        if self.held is None:
+            assert self.read is not None
+            self.held = [frozen(encoder).to(self.device) for encoder in self.read()]
+        return self.held
+
+    def keep(self) -> None:
+        """Never let the encoders go: they are no longer what their files hold."""
+        self.read = None
+
+    def rest(self) -> None:
+        if self.rests and self.read is not None:
+            self.held = None
 
     def length(self, prompt: str) -> int:
         """Return how many chunks a prompt needs."""
@@ -106,5 +134,11 @@ class ClipConditioner(Conditioner):
         return [f"the prompt has {count} tokens and the encoder {tokens.places - 2} places: read in {chunks} chunks"]
 
     def to(self, device: torch.device | str) -> None:
-        for encoder in self.encoders:
+        self.device = torch.device(device)
+        for encoder in self.held or ():
             encoder.to(device)
+
+
+def frozen(encoder: nn.Module) -> nn.Module:
+    """Return an encoder that is not trained."""
+    return encoder.eval().requires_grad_(False)

@@ -30,6 +30,9 @@ class Told(NamedTuple):
 class Conditioner(ABC):
     """Prompts to what the network is told. Each prompt is encoded alone, so that it is the same in any company."""
 
+    rests = False
+    """Whether `rest` lets go of anything."""
+
     @abstractmethod
     def encode(
         self, prompts: Sequence[str], size: tuple[int, int] = (0, 0), chunks: int = 1, nothing: bool = False
@@ -50,6 +53,9 @@ class Conditioner(ABC):
     @abstractmethod
     def remarks(self, prompt: str) -> list[str]:
         """Return what of a prompt does not reach the network as it stands, in sentences."""
+
+    def rest(self) -> None:  # noqa: B027
+        """Let go of what only reading needs, until the next prompt is read; by default there is no such thing."""
 
     @abstractmethod
     def to(self, device: torch.device | str) -> None:
@@ -108,6 +114,7 @@ def told(plan: SamplingPlan, rows: Iterable[int], conditioner: Conditioner | Non
             {name: value.to(device) for name, value in conditioner.encode(texts, plan.size, chunks, nothing).items()}
             for texts, nothing in ((asked, False), (unwanted, True))
         ]
+        conditioner.rest()
         return Told(parts[0], parts[1])
     if plan.labels is None:
         return None

@@ -2,7 +2,8 @@
 
 Fast, on a CPU: bfloat16 where the processor multiplies it natively; the networks' weights held once, in that, and
 laid out for oneDNN; norms, softmax and whatever adds up in float32; schedules and the sampler's state as ever; batches
-of any size, so that the two branches of guidance are one call and nothing is padded. Elsewhere: the network under
+of any size, so that the two branches of guidance are one call and nothing is padded; CLIP's encoders let go once the
+prompts are read. Elsewhere: the network under
 autocast.
 What it costs is the rounding, and that the last bits of a sample may depend on its batch.
 """
@@ -102,6 +103,8 @@ def hasten(model: "Model", dtype: torch.dtype | None = None, weights: str | None
     packing = pack_network(network, found, weights == "int8") if packs else None
     if model.codec is not None:
         hasten_codec(model, found)
+    if model.conditioner is not None:
+        model.conditioner.rests = True
     model.speed = Speed("fast", found, weights, packs, packing)
     return model.speed
 

@@ -66,16 +66,11 @@ def assemble(parts: Parts) -> Model:
     with torch.device("meta"):
         codec = build_codec(card.codec)
     fill(codec.network, renamed(parts.tensors(VAE)), f"{parts.where}: {VAE}")
-    encoders, tokens = [], []
-    for name in texts_of(parts):
-        # Where the text ends, as the tokenizer says: configurations of old say 2, of which nothing is meant.
-        config = {**parts.configs[name], "eos_token_id": int(parts.tokenizers[name].eos_token_id)}
-        encoder = text_encoder(config, parts.where, pooled=name == TEXTS[1])
-        fill_text(encoder, parts.tensors(name), f"{parts.where}: {name}")
-        encoders.append(encoder)
-        places = int(parts.configs[name].get("max_position_embeddings", 77))
-        tokens.append(Tokens(parts.tokenizers[name], places))
-    conditioner = ClipConditioner(card.text, encoders, tokens)
+    tokens = [
+        Tokens(parts.tokenizers[name], int(parts.configs[name].get("max_position_embeddings", 77)))
+        for name in texts_of(parts)
+    ]
+    conditioner = ClipConditioner(card.text, text_encoders(parts), tokens, read=lambda: text_encoders(parts))
     return Model(
         denoiser, card, parts.where, warnings=tuple(parts.warnings), conditioner=conditioner, codec=codec.freeze()
     )
@@ -149,6 +144,22 @@ def squared(name: str, tensor: Tensor) -> Tensor:
 
 
 # Text encoders --------------------------------------------------------------------------------------
+
+
+def text_encoders(parts: Parts) -> list[nn.Module]:
+    """Return the text encoders with their weights.
+
+    Raises:
+        ModelFileError: They are not sound.
+    """
+    encoders = []
+    for name in texts_of(parts):
+        # Where the text ends, as the tokenizer says: configurations of old say 2, of which nothing is meant.
+        config = {**parts.configs[name], "eos_token_id": int(parts.tokenizers[name].eos_token_id)}
+        encoder = text_encoder(config, parts.where, pooled=name == TEXTS[1])
+        fill_text(encoder, parts.tensors(name), f"{parts.where}: {name}")
+        encoders.append(encoder)
+    return encoders
 
 
 def text_encoder(config: Mapping[str, Any], where: str, pooled: bool) -> nn.Module:

@@ -64,18 +64,17 @@ class StableDiffusionFolder(Format):
         warnings = check_parts(path, index)
         reading, assumed = find_scheduler(path)
         texts = [name for name in TEXTS if index.get(name, [None])[0] is not None]
-        with tempfile.TemporaryDirectory(prefix="reverie-") as scratch:
-            return assemble(
-                Parts(
-                    where=str(path),
-                    configs={name: read_json(path / name / "config.json") for name in (UNET, VAE, *texts)},
-                    tensors=lambda part: folder_tensors(path / part, STEMS[part], Path(scratch)),
-                    reading=reading,
-                    tokenizers={name: read_tokenizer(path / name.replace(*PAIR)) for name in texts},
-                    zero_empty=bool(index.get("force_zeros_for_empty_prompt", False)),
-                    warnings=[*warnings, *(f"{path}: {line}" for line in (*assumed, *reading.warnings))],
-                )
+        return assemble(
+            Parts(
+                where=str(path),
+                configs={name: read_json(path / name / "config.json") for name in (UNET, VAE, *texts)},
+                tensors=lambda part: folder_tensors(path / part, STEMS[part]),
+                reading=reading,
+                tokenizers={name: read_tokenizer(path / name.replace(*PAIR)) for name in texts},
+                zero_empty=bool(index.get("force_zeros_for_empty_prompt", False)),
+                warnings=[*warnings, *(f"{path}: {line}" for line in (*assumed, *reading.warnings))],
             )
+        )
 
     def describe(self, path: Path) -> dict[str, Any]:
         index = read_json(path / INDEX)
@@ -108,10 +107,12 @@ def check_parts(path: Path, index: Mapping[str, Any]) -> list[str]:
     return passed
 
 
-def folder_tensors(folder: Path, stem: str, scratch: Path) -> dict[str, Tensor]:
-    """Return the tensors of a part's folder, mapped from its files."""
+def folder_tensors(folder: Path, stem: str) -> dict[str, Tensor]:
+    """Return the tensors of a part's folder, mapped from its files; those of archives from copies that are gone."""
     found: dict[str, Tensor] = {}
-    for file in weight_files(folder, scratch, stem):
-        if inside(folder, file.name) == file or file.parent == scratch:
-            found |= read_tensors(file, read_header(file).specs)
+    with tempfile.TemporaryDirectory(prefix="reverie-") as name:
+        scratch = Path(name)
+        for file in weight_files(folder, scratch, stem):
+            if inside(folder, file.name) == file or file.parent == scratch:
+                found |= read_tensors(file, read_header(file).specs)
     return found

@@ -4,10 +4,12 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from reverie.base.errors import ModelFileError
 from reverie.base.randomness import Noise
 from reverie.models.formats import read_model
+from reverie.models.load import load
 
 PROMPT, AWAY = "a red cat on mars", "dog"
 
@@ -151,8 +153,6 @@ def test_a_part_of_another_model_is_refused(folders, tmp_path, part, change, sai
 @pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
 def test_fast_is_near_exact(folders, family):
     """In float32 to rounding; in bfloat16 within a few hundredths of the latents; keys of the words worked out once."""
-    from reverie.models.load import load
-
     path, _ = folders[family]
     wanted = latents(read_model(path), 3, guidance=5.0)
     for dtype, near in (("float32", 1e-4), ("bfloat16", 0.1)):
@@ -165,3 +165,34 @@ def test_fast_is_near_exact(folders, family):
     picture = load(path, speed="fast", weights="int8").sample(1, prompt=PROMPT, guidance=5.0, steps=2)
     assert picture.record["weights"] == "int8"
     assert picture.images.isfinite().all()
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_a_fast_model_lets_go_of_its_encoders_and_reads_them_again(folders, family):
+    """After the prompts are read the encoders' memory is free; the next prompt, and the same once more, are as ever."""
+    kept, model = load(folders[family][0]), load(folders[family][0], speed="fast")
+    held = []
+    first = model.sample(1, prompt="a cat", steps=1, size=16, callback=lambda _: held.append(model.conditioner.held))
+    assert held == [None] * len(held)
+    assert held
+    for prompt in ("a dog", "a cat"):
+        for name, value in model.conditioner.encode([prompt], (16, 16)).items():
+            assert torch.equal(value, kept.conditioner.encode([prompt], (16, 16))[name])
+    assert torch.equal(model.sample(1, prompt="a cat", steps=1, size=16, seed=int(first.seeds[0])).images, first.images)
+    kept.sample(1, prompt="a cat", steps=1, size=16)
+    assert kept.conditioner.held is not None  # an exact model keeps what it has
+
+
+def test_encoders_that_were_changed_are_kept(folders, tmp_path):
+    """What a LoRA made of them is in no file that they could be read from."""
+    path = tmp_path / "lora.safetensors"
+    layer = "text_model.encoder.layers.0.self_attn.q_proj"
+    width = load(folders["sd1"][0]).conditioner.encoders[0].config.hidden_size
+    weights = {"lora_A.weight": torch.randn(2, width), "lora_B.weight": torch.randn(width, 2)}
+    save_file({f"text_encoder.{layer}.{name}": value for name, value in weights.items()}, path)
+    model = load(folders["sd1"][0], loras={str(path): 1.0}, speed="fast")
+    before = model.conditioner.encode(["a cat"])["context"]
+    model.sample(1, prompt="a cat", steps=1, size=16)
+    assert model.conditioner.held is not None
+    assert torch.equal(model.conditioner.encode(["a cat"])["context"], before)
+    assert not torch.equal(load(folders["sd1"][0]).conditioner.encode(["a cat"])["context"], before)
