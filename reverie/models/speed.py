@@ -1,10 +1,9 @@
 """How a model computes: exactly, as it does unless asked otherwise, or as fast as the machine can.
 
 Fast, on a CPU: bfloat16 where the processor multiplies it natively; the networks' weights held once, in that, and
-laid out for oneDNN; norms, softmax and whatever adds up in float32; schedules and the sampler's state as ever; batches
-of any size, so that the two branches of guidance are one call and nothing is padded; CLIP's encoders let go once the
-prompts are read. Elsewhere: the network under
-autocast.
+laid out for oneDNN or transformed for convolutions with fewer multiplications; norms, softmax and whatever adds up in
+float32; schedules and the sampler's state as ever; batches of any size, so that the two branches of guidance are one
+call and nothing is padded; CLIP's encoders let go once the prompts are read. Elsewhere: the network under autocast.
 What it costs is the rounding, and that the last bits of a sample may depend on its batch.
 """
 

@@ -6,10 +6,12 @@ import pytest
 import torch
 from torch import nn
 
+from reverie.kernels import dispatch
+from reverie.kernels.winograd import Transformed
 from reverie.networks.autoencoder import Autoencoder, AutoencoderConfig
 from reverie.networks.captioned import Captioned, CaptionedConfig
 from reverie.networks.mlp import MLP, MLPConfig
-from reverie.networks.packed import Packed, pack, packable
+from reverie.networks.packed import Packed, pack, packable, tile
 from reverie.networks.tiny_autoencoder import TinyAutoencoder, TinyAutoencoderConfig
 from reverie.networks.unet import UNet, UNetConfig
 
@@ -85,6 +87,22 @@ def test_eight_bits_take_a_quarter_and_say_how_far_they_are_off():
     assert packing.bytes < 0.3 * 4 * packing.numbers
     assert 1e-3 < packing.error < 0.01
     assert 1e-4 < off(other(**asked), network(**asked)) < 0.05
+
+
+@pytest.mark.skipif(not dispatch.candidates() or bool(next(iter(dispatch.candidates().values()))), reason="no library")
+@torch.no_grad()
+def test_convolutions_of_3x3_are_transformed_and_no_others(monkeypatch):
+    network = unet(context_dim=12, channels=(32, 64))
+    whole = [module for module in network.modules() if isinstance(module, nn.Conv2d) and tile(module, torch.float32)]
+    assert whole
+    assert all(conv.kernel_size == (3, 3) and conv.stride == (1, 1) and conv.in_channels >= 32 for conv in whole)
+    assert tile(nn.Conv2d(32, 32, 3), torch.float32) == tile(nn.Conv2d(32, 32, 3, 2, 1), torch.float32) == 0
+    for bits8, mode, count in ((False, "auto", len(whole)), (True, "auto", 0), (False, "plain", 0)):
+        monkeypatch.setenv(dispatch.VARIABLE, mode)
+        other = copy.deepcopy(network)
+        pack(other, torch.float32, bits8)
+        held = [module.held for module in other.modules() if isinstance(module, Packed)]
+        assert sum(isinstance(weight, Transformed) for weight in held) == count
 
 
 @torch.no_grad()
