@@ -46,13 +46,16 @@ from reverie.diffusion.samplers.learned import Recipe, as_recipe
 from reverie.diffusion.samplers.unipc import UniPC
 from reverie.diffusion.schedules import Schedule
 from reverie.diffusion.schedules import table as make_table
+from reverie.diffusion.starts import between, bounded, sensitivity, two_ends
 from reverie.diffusion.trajectories import Trajectories, trajectories
 from reverie.diffusion.tuning import judged, published, tune
 
 PACKAGES = ("reverie", "torch", "numpy", "diffusers", "k-diffusion")
 NFES = (4, 5, 6, 8, 10, 15, 20, 30, 50)
 TUNED_ON, UNSEEN = (0, 1, 2, 3), (100, 101, 102, 103)  # seeds of the mixtures
-TRAINING = 192  # starts of each mixture that a solver is tuned from; as many again it is chosen by
+POOL = 4096  # starts of each mixture out of which those that a solver is tuned from are drawn
+TRAINING, STAGES = 192, 4  # evenly drawn starts of each mixture in a stage, and as many between two ends; stages
+EXACT = 300  # steps of their exact solution
 DRAWS = 100  # of the starts, for an interval
 
 
@@ -70,11 +73,8 @@ class Starts:
     def __init__(
         self, dimension: int, seeds: tuple[int, ...], count: int, purpose: str, folder: Path | None = None
     ) -> None:
-        drawn = [normal((count, dimension), seed, purpose).double() for seed in seeds]
-        mixtures = [random_mixture(dimension, seed, make_table("linear")) for seed in seeds]
-        folded = [mixture.folded(x) for mixture, x in zip(mixtures, drawn, strict=True)]
-        self.denoiser = MixtureStack([mixture for mixture, _ in folded])
-        self.x, self.dimension = torch.cat([x for _, x in folded]), dimension
+        self.denoiser, self.x = stacked(dimension, seeds, count, purpose)
+        self.dimension = dimension
         kept = None if folder is None else folder / f"truth-{purpose}-{dimension}-{len(self.x)}.pt"
         if kept is not None and kept.exists():
             self.truth = torch.load(kept, weights_only=True)
@@ -92,6 +92,31 @@ class Starts:
     def to_fit(self) -> Trajectories:
         """Return the trajectories, as `tune` takes them."""
         return dataclasses.replace(trajectories(self.denoiser, self.x), end=self.truth, numbers=self.dimension)
+
+
+def stacked(dimension: int, seeds: tuple[int, ...], count: int, purpose: str) -> tuple[MixtureStack, Tensor]:
+    """Return some mixtures as one, and so many starts of each."""
+    drawn = [normal((count, dimension), seed, purpose).double() for seed in seeds]
+    mixtures = [random_mixture(dimension, seed, make_table("linear")) for seed in seeds]
+    folded = [mixture.folded(x) for mixture, x in zip(mixtures, drawn, strict=True)]
+    return MixtureStack([mixture for mixture, _ in folded]), torch.cat([x for _, x in folded])
+
+
+def stages(dimension: int, purpose: str, count: int) -> list[list[Trajectories]]:
+    """Return what a solver is polished on, so many times: starts drawn evenly, and others between two ends."""
+    denoiser, x = stacked(dimension, TUNED_ON, POOL, purpose)
+    sensitive, offset = sensitivity(denoiser, x), POOL * torch.arange(len(TUNED_ON))[:, None]
+
+    def ends(rows: Tensor, scale: Tensor | None) -> Trajectories:
+        return two_ends(denoiser, x[rows], None if scale is None else scale[rows], EXACT, dimension)
+
+    return [
+        [
+            ends((offset + TRAINING * k + torch.arange(TRAINING)).flatten(), None),
+            ends(between(sensitive, TRAINING, k, len(TUNED_ON)), bounded(sensitive)),
+        ]
+        for k in range(count)
+    ]
 
 
 def exact(denoiser: Denoiser, x: Tensor) -> Tensor:
@@ -133,11 +158,26 @@ def general_recipe(schedule: Schedule, evaluations: int, dimension: int) -> Reci
     return as_recipe(UniPC(), schedule, uniform_log_snr(schedule, evaluations)) if ready is None else ready
 
 
-def tuned_recipe(fitting: Trajectories, judging: Trajectories, evaluations: int, options: argparse.Namespace) -> Recipe:
-    """Return the recipe that is found on one set and chosen, among it and what there was before, on the other."""
-    more = [general_recipe(fitting.denoiser.schedule, evaluations, fitting.numbers)]
-    found, _ = tune([fitting], evaluations, options.walks, options.rounds, more=more)
-    return judged([judging], [found, *more, *published([judging], evaluations)])[0][0]
+@dataclasses.dataclass(frozen=True)
+class Lessons:
+    """What a solver is tuned from: trajectories to walk along, stages to polish it on, sets to choose by."""
+
+    walked: Trajectories
+    stages: list[list[Trajectories]]
+    judging: list[Trajectories]
+
+    @staticmethod
+    def of(dimension: int) -> "Lessons":
+        """Return those of the mixtures that are tuned on."""
+        walked = Starts(dimension, TUNED_ON, TRAINING // 2, "walking").to_fit()
+        return Lessons(walked, stages(dimension, "tuning", STAGES), stages(dimension, "choosing", 1)[0])
+
+
+def tuned_recipe(lessons: Lessons, evaluations: int, options: argparse.Namespace) -> Recipe:
+    """Return the recipe that is found on some sets and chosen, among it and what there was before, on others."""
+    more = [general_recipe(lessons.walked.denoiser.schedule, evaluations, lessons.walked.numbers)]
+    found, _ = tune([lessons.walked], evaluations, options.walks, options.rounds, more=more, stages=lessons.stages)
+    return judged(lessons.judging, [found, *more, *published(lessons.judging, evaluations)])[0][0]
 
 
 def peer_errors(starts: Starts, evaluations: int, folder: Path | None) -> dict[str, Tensor]:
@@ -240,10 +280,9 @@ def main() -> None:
     for dimension in map(int, options.dimensions.split(",")):
         starts = Starts(dimension, (*TUNED_ON, *UNSEEN), options.starts, "solvers", options.peers)
         nfes = [int(word) for word in options.evaluations.split(",")]
-        words = ("tuning", "choosing") if min(nfes) <= options.most else ()
-        sets = [Starts(dimension, TUNED_ON, TRAINING, word).to_fit() for word in words]
+        lessons = Lessons.of(dimension) if min(nfes) <= options.most else None
         for nfe in nfes:
-            recipe = tuned_recipe(sets[0], sets[1], nfe, options) if nfe <= options.most else None
+            recipe = tuned_recipe(lessons, nfe, options) if lessons and nfe <= options.most else None
             rows.append(column(starts, nfe, recipe, options.peers))
             print(f"{dimension}-D, {nfe}, {time.perf_counter() - began:.0f} s: {brief(rows[-1])}", file=sys.stderr)
             if options.json:

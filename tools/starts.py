@@ -67,7 +67,9 @@ class Pool:
         found = self.everything if fine is None else trajectories(self.everything.denoiser, start, fine)
         if fine is None:
             found = dataclasses.replace(found, x=start[None], x0=start[None])
-        return dataclasses.replace(found, end=end, share=share / share.sum(), numbers=self.everything.numbers)
+        return dataclasses.replace(
+            found, end=end, share=share / share.sum(), numbers=self.everything.numbers, scale=torch.empty(0)
+        )
 
     def shares(self, part: Tensor) -> Tensor:
         """Return a chance for each start of each mixture."""

@@ -6,9 +6,10 @@ the root mean square alike, each set of trajectories counting the same,
 
     L = (1 - a) sum_i p_i ln(e_i^2 + f) + a ln sum_i p_i e_i^2 + b sum_kj (1 - rho_(k+1)/rho_k)^2 c_kj^2,  (1)
 
-with e_i = |x_i - x*_i| of sample i, and f a part of the median of e_i^2, lest samples that are right already count for
-most. The last sum is what errors of the single estimates, of which a network has some, would add. A logarithm lies
-below its tangents, so that lowering the squares weighted by
+with e_i = |x_i - x*_i| of sample i (over its sensitivity, in sets between two ends: starts.py), and f a part of the
+median of e_i^2, lest samples that are right already count for most. The last sum is what errors of the single
+estimates, of which a network has some, would add. A logarithm lies below its tangents, so that lowering the squares
+weighted by
 
     w_i = p_i (1 - a) / (e_i^2 + f) + p_i a / sum_j p_j e_j^2                                              (2)
 
@@ -103,8 +104,8 @@ def blend(row: Sequence[float], estimates: Sequence[Tensor]) -> Tensor:
 
 
 def squares(one: Trajectories, end: Data) -> Float[Tensor, " m"]:
-    """Return each sample's squared error (M,), a number's mean."""
-    return (end - one.end).double().flatten(1).square().sum(1) / one.numbers
+    """Return each sample's squared error (M,), a number's mean, over what the set's errors are divided by."""
+    return (end - one.end).double().flatten(1).square().sum(1) / (one.numbers * one.scale.square())
 
 
 def floor(one: Trajectories, e: Tensor) -> float:
@@ -300,7 +301,7 @@ def equations(sets: Sequence[Trajectories], recipe: Recipe, paths: Sequence[Path
         slope = derivatives(one, recipe, path).double()
         e = squares(one, path.x[-1])
         weight = one.share * ((1 - SQUARE) / (e + floor(one, e)) + SQUARE / ((one.share * e).sum() + FLOOR))
-        weighted = slope * (weight / (one.numbers * len(sets)))[:, None, None]
+        weighted = slope * (weight / (one.numbers * one.scale.square() * len(sets)))[:, None, None]
         off = (path.x[-1] - one.end).double().flatten()
         matrix += (weighted.flatten(0, 1).mT @ slope.flatten(0, 1)).cpu()
         side += (off @ weighted.flatten(0, 1)).cpu()

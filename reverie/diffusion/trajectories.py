@@ -35,6 +35,7 @@ class Trajectories:
         end: Where they end (M, *D).
         share: For how much each sample counts (M,), 1 in all; evenly where nothing is said.
         numbers: How many numbers a sample has; those that are there, where nothing is said.
+        scale: What each sample's error is divided by (M,); 1 where nothing is said.
     """
 
     denoiser: Denoiser
@@ -44,23 +45,25 @@ class Trajectories:
     end: Data
     share: Float[Tensor, " m"] = dataclasses.field(default_factory=lambda: torch.empty(0))
     numbers: int = 0
+    scale: Float[Tensor, " m"] = dataclasses.field(default_factory=lambda: torch.empty(0))
 
     def __post_init__(self) -> None:
         count = len(self.end)
         share = self.share if len(self.share) else torch.full((count,), 1 / count, dtype=torch.float64)
+        scale = self.scale if len(self.scale) else torch.ones(count, dtype=torch.float64)
         object.__setattr__(self, "share", share.to(self.end.device))
+        object.__setattr__(self, "scale", scale.to(self.end.device))
         object.__setattr__(self, "numbers", self.numbers or self.end[0].numel())
 
     @property
     def even(self) -> Float[Tensor, " m"]:
         """What each sample's numbers (M,) are multiplied by, for a sum of squares to be the mean over both."""
-        return (self.share / self.numbers).sqrt()
+        return (self.share / self.numbers).sqrt() / self.scale
 
     def rows(self, index: Sequence[int] | Tensor) -> "Trajectories":
         """Return those of some of the samples, which count evenly."""
-        return Trajectories(
-            self.denoiser, self.known, self.x[:, index], self.x0[:, index], self.end[index], numbers=self.numbers
-        )
+        x, x0, scale = self.x[:, index], self.x0[:, index], self.scale[index]
+        return Trajectories(self.denoiser, self.known, x, x0, self.end[index], numbers=self.numbers, scale=scale)
 
 
 def trajectories(

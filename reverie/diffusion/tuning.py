@@ -33,7 +33,7 @@ from torch import Tensor
 from reverie.base.errors import UsageError
 from reverie.diffusion.grids import karras, trailing, uniform_log_snr
 from reverie.diffusion.levels import Level, levels
-from reverie.diffusion.polish import attempt, polish
+from reverie.diffusion.polish import attempt, polish, squares
 from reverie.diffusion.predictions import Data
 from reverie.diffusion.samplers.base import Sampler, ask
 from reverie.diffusion.samplers.dpmpp import DPMpp2M, DPMpp3M
@@ -137,8 +137,8 @@ def loss(sets: Sequence[Trajectories], end: Sequence[Data]) -> float:
     """Return the error at the end, typical and root-mean-square alike; each set counts the same."""
     total = 0.0
     for one, x in zip(sets, end, strict=True):
-        squares = (x - one.end).double().flatten(1).square().sum(1) / one.numbers + FLOOR
-        total += ((one.share * squares.log()).sum().item() + (one.share * squares).sum().log().item()) / 2
+        e = squares(one, x) + FLOOR
+        total += ((one.share * e.log()).sum().item() + (one.share * e).sum().log().item()) / 2
     return total / len(sets)
 
 
@@ -221,6 +221,7 @@ def tune(
     rounds: int = 0,
     progress: Callable[[int, float], None] | None = None,
     more: Sequence[Recipe] = (),
+    stages: Sequence[Sequence[Trajectories]] = (),
 ) -> tuple[Recipe, float]:
     """Return the fitted solver of so many steps, and its error: the logarithm of what `loss` says, or `polish`.
 
@@ -231,6 +232,8 @@ def tune(
         rounds: How many rounds of polishing the best of all may have; 0 for none, and none but the grids.
         progress: Called with the number of walks, or of rounds, and the least error (its logarithm) after each.
         more: Solvers of so many steps that may be polished as well.
+        stages: What solvers are polished on instead of the sets: all of them on the first, the best on each of the
+            others in turn, which are best drawn anew. Among them are starts between two ends (starts.py).
 
     Raises:
         UsageError: steps is out of range.
@@ -243,7 +246,11 @@ def tune(
     if not rounds:
         return recipe_of(sets, best), best.loss
     candidates = [recipe_of(sets, one) for one in {one.nodes: one for one in (*first, best)}.values()]
-    return sieve(sets, [*candidates, *published(sets, steps), *map(padded, more)], rounds, progress)
+    measures = stages or [sets]
+    found = sieve(measures[0], [*candidates, *published(sets, steps), *map(padded, more)], rounds, progress)
+    for measure in measures[1:]:
+        found = polish(measure, found[0], rounds, progress)
+    return found
 
 
 def search(sets: Sequence[Trajectories], best: Walk, walks: int, progress: Callable[[int, float], None] | None) -> Walk:

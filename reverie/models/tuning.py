@@ -2,13 +2,18 @@
 
 import math
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from reverie.base.errors import UsageError
+from reverie.diffusion.denoisers import Denoiser
 from reverie.diffusion.polish import follow, squares
 from reverie.diffusion.recipes import general
 from reverie.diffusion.samplers.learned import Recipe
+from reverie.diffusion.starts import between, bounded, sensitivity, two_ends
 from reverie.diffusion.trajectories import FINE, Trajectories, noise, trajectories
 from reverie.diffusion.tuning import judged, published, tune
 from reverie.models.card import FittedSolver
@@ -17,6 +22,7 @@ from reverie.models.model import Model
 from reverie.models.plan import SamplingPlan, make_plan
 from reverie.models.sampling import evaluating, prepared
 
+POOL = 8  # starts, out of which those between two ends are drawn, for each of these
 NUMBERS = 1 << 17  # numbers of all samples that a solver is fitted to, about
 WALKS = 20  # candidate grids, by default
 BUDGET = 1000  # evaluations of each sample that the rounds of polishing of the best candidate may cost, by default
@@ -42,7 +48,8 @@ def tune_model(
         model: The model.
         steps: Numbers of evaluations.
         guidance: w; of a model with classes, samples of all classes are used; None takes the card's.
-        samples: Exact trajectories to fit to; as many again are for judging. None: by the samples' size, 8 to 64.
+        samples: Exact trajectories to fit to, the half of them between two ends, drawn out of 8 times as many starts;
+            as many again are for judging. None: by the samples' size, 8 to 64.
         walks: Candidate grids for each number of steps; None: 20.
         rounds: Rounds of polishing, of 3 N^2 evaluations of each sample for N steps; None: 12, fewer for many steps.
         seed: Seed of the trajectories' noise.
@@ -74,36 +81,73 @@ def tune_model(
     most = 4 * count * numbers * (4 * FINE + 60 * max(steps))
     check_memory(most, torch.device("cpu"), f"{count} trajectories of {FINE} steps", lower)
     with memory_errors("the trajectories", lower), evaluating(model.denoiser.network), torch.no_grad():
-        plans = [plan_samples(model, count, seed + part, guidance) for part in (0, 1)]
-        fitting, judging = (teach(model, plan, report) for plan in plans)
-        return [fit(model, n, fitting, judging, plans[0].guidance, walks, rounds, report) for n in sorted(set(steps))]
+        fitting, judging = (teach(model, count, seed + part, guidance, report) for part in (0, 1))
+        return [fit(model, n, fitting, judging, walks, rounds, report) for n in sorted(set(steps))]
 
 
-def plan_samples(model: Model, count: int, part: int, guidance: float | None) -> SamplingPlan:
-    """Return the plan of some samples, of all classes in turn: it settles, or refuses, the guidance."""
-    seeds = [FIRST_SEED + part * 1_000_000 + i for i in range(count)]
-    names = model.card.classes
-    classes = [names[i % len(names)] for i in range(count)] if names else None
-    return make_plan(
-        model.denoiser, model.card, count, seed=seeds, classes=classes, guidance=guidance,
-        steps=1, sampler="ddim", grid="trailing", exact=False, batch_size=count,
-    )  # fmt: skip
+class Lesson(NamedTuple):
+    """What a solver is fitted to, or judged by: trajectories drawn evenly, the two ends of others, and w."""
+
+    even: Trajectories
+    border: Trajectories
+    guidance: float | None
+
+    @property
+    def both(self) -> tuple[Trajectories, Trajectories]:
+        """All of them."""
+        return self.even, self.border
 
 
-def teach(model: Model, plan: SamplingPlan, report: Report | None) -> Trajectories:
-    """Return exact trajectories of a plan's samples, guided and clipped as they would be."""
-    denoiser = prepared(model.denoiser, plan, range(plan.n), model.device)
-    x = noise(denoiser, plan.shape, plan.seeds, model.device)
+def teach(model: Model, count: int, part: int, guidance: float | None, report: Report | None) -> Lesson:
+    """Return exact trajectories of some samples, guided and clipped as they would be; half of them between two ends."""
+    first, few = FIRST_SEED + part * 1_000_000, count // 2
+    plan, (denoiser, x) = begun(model, range(first, first + count - few), guidance)
     told = None if report is None else lambda step: report("exact trajectories", step, FINE, math.nan)
-    return trajectories(denoiser, x, FINE, told)
+    even = trajectories(denoiser, x, FINE, told)
+    pool = range(first + count, first + count + POOL * few)
+    sensitive = bounded(sensitivities(model, pool, count, guidance, report))
+    rows = between(sensitive, few, part)
+    _, (denoiser, x) = begun(model, [pool[i] for i in rows.tolist()], guidance)
+    return Lesson(even, two_ends(denoiser, x, sensitive[rows]), plan.guidance)
+
+
+def sensitivities(
+    model: Model, seeds: range, batch: int, guidance: float | None, report: Report | None
+) -> Float[Tensor, " m"]:
+    """Return how sensitive the samples of some seeds are to their noise."""
+    found = []
+    for i in range(0, len(seeds), batch):
+        _, (denoiser, x) = begun(model, seeds[i : i + batch], guidance)
+        found.append(sensitivity(denoiser, x, seed=i).cpu())
+        if report is not None:
+            report("starts", min(i + batch, len(seeds)), len(seeds), math.nan)
+    return torch.cat(found)
+
+
+def begun(
+    model: Model, seeds: Sequence[int], guidance: float | None
+) -> tuple[SamplingPlan, tuple[Denoiser, Float[Tensor, "m ..."]]]:
+    """Return the plan of some seeds' samples, the denoiser that it makes of the model, and their noise."""
+    plan = plan_samples(model, seeds, guidance)
+    denoiser = prepared(model.denoiser, plan, range(plan.n), model.device)
+    return plan, (denoiser, noise(denoiser, plan.shape, plan.seeds, model.device))
+
+
+def plan_samples(model: Model, seeds: Sequence[int], guidance: float | None) -> SamplingPlan:
+    """Return the plan of some seeds' samples, of all classes in turn: it settles, or refuses, the guidance."""
+    names = model.card.classes
+    classes = [names[(seed - FIRST_SEED) % len(names)] for seed in seeds] if names else None
+    return make_plan(
+        model.denoiser, model.card, len(seeds), seed=list(seeds), classes=classes, guidance=guidance,
+        steps=1, sampler="ddim", grid="trailing", exact=False, batch_size=len(seeds),
+    )  # fmt: skip
 
 
 def fit(
     model: Model,
     steps: int,
-    fitting: Trajectories,
-    judging: Trajectories,
-    guidance: float | None,
+    fitting: Lesson,
+    judging: Lesson,
     walks: int | None,
     rounds: int | None,
     report: Report | None,
@@ -114,14 +158,14 @@ def fit(
     told = None
     if report is not None:
         told = lambda done, loss: report(f"{steps} steps", done, max(walks, rounds), math.exp(loss / 2))  # noqa: E731
-    ready = general(model.denoiser.schedule, steps, fitting.numbers)
+    ready = general(model.denoiser.schedule, steps, fitting.even.numbers)
     more = [ready] if ready is not None else []
-    recipe, _ = tune([fitting], steps, walks, rounds, told, more)
-    others = published([judging], steps)
-    best = judged([judging], [recipe, *more, *others])[0][0]
+    recipe, _ = tune([fitting.even], steps, walks, rounds, told, more, [fitting.both])
+    others = published(judging.both, steps)
+    best = judged(judging.both, [recipe, *more, *others])[0][0]
     return FittedSolver(
-        lam=best.lam, weights=best.weights, guidance=guidance, error=distance(judging, best),
-        best_published=min(distance(judging, other) for other in others),
+        lam=best.lam, weights=best.weights, guidance=fitting.guidance, error=distance(judging.even, best),
+        best_published=min(distance(judging.even, other) for other in others),
     )  # fmt: skip
 
 

@@ -31,7 +31,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def fitted(model):
-    return tune_model(model, [3, 2], samples=4, walks=3)
+    return tune_model(model, [3, 2], samples=4, walks=1, rounds=1)
 
 
 def test_each_number_of_steps_has_its_solver_judged_on_other_samples(fitted):
@@ -84,7 +84,8 @@ def test_of_a_model_with_classes_the_guidance_is_the_cards_where_none_is_given(m
         update={"classes": ("a", "b"), "network": NetworkSpec(config=config), "sampling": sampling}
     )
     classy = Model(build(card), card)
-    assert [tune_model(classy, [2], samples=2, walks=1, guidance=w)[0].guidance for w in (None, 0.0)] == [2.0, 0.0]
+    found = [tune_model(classy, [2], samples=2, walks=1, rounds=1, guidance=w)[0].guidance for w in (None, 0.0)]
+    assert found == [2.0, 0.0]
     with pytest.raises(UsageError, match="no classes to guide to"):
         tune_model(model, [2], guidance=2.0)
 
@@ -116,6 +117,6 @@ def test_what_cannot_be_fitted_or_kept_is_refused(model, fitted, tmp_path):
 
 
 def test_from_python(model):
-    own = rv.tune(model, 2, samples=4, walks=2)
+    own = rv.tune(model, 2, samples=4, walks=2, rounds=1)
     assert [solver.steps for solver in own.card.sampling.fitted] == [2]
     assert model.card.sampling.fitted == ()
