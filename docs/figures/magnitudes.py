@@ -1,6 +1,6 @@
 """The figure of the EDM2 page: magnitudes of activations and weights as training goes on, beside a plain U-Net's.
 
-python docs/figures/magnitudes.py        (a minute or two on one core)
+python docs/figures/magnitudes.py        (ten minutes on one core)
 """
 
 from collections.abc import Callable, Iterator
@@ -20,7 +20,7 @@ matplotlib.rcParams["svg.hashsalt"] = "reverie"  # the same bytes each time
 from matplotlib import pyplot as plt  # noqa: E402 - after the choice of what draws
 
 FILE = Path(__file__).parent.parent / "images" / "magnitudes.svg"
-STEPS, EVERY, BATCH = 400, 10, 32
+STEPS, EVERY, BATCH = 6000, 100, 32
 COLOURS = {"EDM2": "#00798c", "U-Net": "#d1495b"}
 
 
