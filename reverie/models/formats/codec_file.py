@@ -3,7 +3,6 @@
 What the codec is stands in the card; its scale and shift too.
 """
 
-import tempfile
 from pathlib import Path
 
 import torch
@@ -71,8 +70,7 @@ def vae_folder(path: Path) -> Codec:
         spec = codec_spec(settings, str(path))
     with torch.device("meta"):
         codec = build_codec(spec)
-    with tempfile.TemporaryDirectory(prefix="reverie-") as scratch:
-        fill(codec.network, renamed(folder_tensors(path, STEMS[VAE], Path(scratch))), str(path))
+    fill(codec.network, renamed(folder_tensors(path, STEMS[VAE])), str(path))
     return codec.freeze()
 
 

@@ -97,18 +97,17 @@ def folder_to_file(source: Path, target: Path, overwrite: bool) -> Conversion:
         raise UsageError(f"{target} exists already; choose another name, or ask to overwrite it")
     if target.suffix != ".safetensors":
         raise UsageError(f"{target} is to be one file; end its name with .safetensors")
-    with tempfile.TemporaryDirectory(prefix="reverie-") as scratch:
-        names = [name for name in (UNET, VAE, *TEXTS) if (source / name / "config.json").is_file()]
-        held = {name: folder_tensors(source / name, STEMS[name], Path(scratch)) for name in names}
-        layout = layout_of(family(source), shapes(named(held)), predicts_v(source))
-        carried, metadata = carried_along(source)
-        tensors = to_original(layout, named(held), carried)
-        words = {"modelspec.prediction_type": "v" if predicts_v(source) else "epsilon"}
-        kept = {KEPT: json.dumps({name: read_json(source / name) for name in SETTINGS if (source / name).is_file()})}
-        writer = safetensors_writer(tensors, {**words, **kept, **metadata})
-        target.parent.mkdir(parents=True, exist_ok=True)
-        write_file(target, writer, sum(tensor.nbytes for tensor in tensors.values()))
-        return Conversion(target, "original", {name: len(part) for name, part in held.items()}, len(carried))
+    names = [name for name in (UNET, VAE, *TEXTS) if (source / name / "config.json").is_file()]
+    held = {name: folder_tensors(source / name, STEMS[name]) for name in names}
+    layout = layout_of(family(source), shapes(named(held)), predicts_v(source))
+    carried, metadata = carried_along(source)
+    tensors = to_original(layout, named(held), carried)
+    words = {"modelspec.prediction_type": "v" if predicts_v(source) else "epsilon"}
+    kept = {KEPT: json.dumps({name: read_json(source / name) for name in SETTINGS if (source / name).is_file()})}
+    writer = safetensors_writer(tensors, {**words, **kept, **metadata})
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_file(target, writer, sum(tensor.nbytes for tensor in tensors.values()))
+    return Conversion(target, "original", {name: len(part) for name, part in held.items()}, len(carried))
 
 
 def family(folder: Path) -> Family:
