@@ -223,26 +223,15 @@ def choose_network(
     if isinstance(preset, TransformerPreset):
         dit = transformer_config(config, dataset, preset, labels)
         return NetworkSpec(name="dit", config=dit) if text is None else captioned("dit", dit, text, preset.width)
-    return network_spec(network_config(config, dataset, preset, labels), text, preset, bool(config.attention))
+    return network_spec(network_config(config, dataset, preset, labels), text, preset)
 
 
-def network_spec(unet: dict[str, Any], text: WordsSpec | None, preset: Preset, chosen: bool) -> NetworkSpec:
-    """Return the U-Net, with an encoder of words before it where there are captions.
-
-    Arguments:
-        unet: What the U-Net is made of.
-        text: The vocabulary.
-        preset: What the encoder's width is taken from.
-        chosen: Whether the levels that attend were asked for.
-    """
+def network_spec(unet: dict[str, Any], text: WordsSpec | None, preset: Preset) -> NetworkSpec:
+    """Return the U-Net, with an encoder of words before it where there are captions."""
     if "sample_size" not in unet:
         return NetworkSpec(name="edm2", config=unet)
     if text is None:
         return NetworkSpec(config=unet)
-    if not chosen:  # the words are looked at wherever 16 pixels a side or fewer are left, not on one level alone
-        levels = attending(len(unet["channels"]), max(unet["sample_size"]) / unet.get("patch", 1))
-        first = levels.index(True) if any(levels) else 0
-        unet = unet | {"attention": [level >= first for level in range(len(levels))]}
     return captioned("unet", unet | {"positions": True}, text, 4 * preset.width)
 
 
@@ -273,7 +262,8 @@ def network_config(config: TrainConfig, dataset: Dataset, preset: Preset, labels
     levels = min(6, max(2, round(math.log2(side / 8)) + 1))
     widths = config.widths or tuple(preset.width * factor for factor in preset.growth[:levels])
     edm2 = config.network == "edm2"
-    attention = config.attention or (attending_all if edm2 else attending)(len(widths), side)
+    rule = attending_all if edm2 else attending_words if config.captions else attending
+    attention = config.attention or rule(len(widths), side)
     if len(attention) != len(widths):
         raise UsageError(f"attention names {len(attention)} levels, but the network has {len(widths)}: {widths}")
     common = {
@@ -319,7 +309,7 @@ def attending_all(levels: int, size: int) -> tuple[bool, ...]:
     return tuple(level > 0 and size / 2**level <= 16 for level in range(levels))
 
 
-def attending(levels: int, size: float) -> tuple[bool, ...]:
+def attending(levels: int, size: int) -> tuple[bool, ...]:
     """Return which levels attend: the first that has 16 pixels a side or fewer, if it is not the last.
 
     Example:
@@ -328,6 +318,20 @@ def attending(levels: int, size: float) -> tuple[bool, ...]:
     """
     first = next((level for level in range(levels) if size / 2**level <= 16), levels)
     return tuple(level == first and level < levels - 1 for level in range(levels))
+
+
+def attending_words(levels: int, size: int) -> tuple[bool, ...]:
+    """Return which levels attend where there are captions: from the first on that would without, or all.
+
+    The words are looked at wherever 16 pixels a side or fewer are left, not on one level alone.
+
+    Example:
+        >>> attending_words(3, 32), attending_words(2, 32)
+        ((False, True, True), (True, True))
+    """
+    alone = attending(levels, size)
+    first = alone.index(True) if any(alone) else 0
+    return tuple(level >= first for level in range(levels))
 
 
 def schedule_spec(config: TrainConfig, own: Mapping[str, float | int | bool] | None = None) -> ScheduleSpec:
