@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from reverie.data.words import Vocabulary
+from reverie.data.words import MOST_TEXT, Vocabulary
 from reverie.diffusion.denoisers import Condition, Denoiser
 from reverie.diffusion.guidance.auto import AutoGuided
 from reverie.diffusion.guidance.classifier_free import ClassifierFree, Conditioned
@@ -85,6 +85,8 @@ class WordsConditioner(Conditioner):
     def remarks(self, prompt: str) -> list[str]:
         """Return which characters no caption had, and what was cut."""
         spelling, found = self.vocabulary.spell(prompt), []
+        if len(prompt) > MOST_TEXT:
+            found.append(f"the prompt has {len(prompt)} characters; those after the first {MOST_TEXT} are passed over")
         if spelling.unknown:
             found.append(f"no caption had {''.join(dict.fromkeys(spelling.unknown))[:20]!r}; passed over")
         if (over := len(spelling.numbers) - self.vocabulary.length) > 0:

@@ -52,6 +52,27 @@ def test_the_negative_prompt_is_the_other_end(model):
                            draw(model, prompt="red", guidance=2.0))  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    "prompt",
+    ["", " ", "🐱 🐈‍⬛", "\u200fשלמ", "red " * 262_144],
+    ids=["", "blank", "emoji", "right to left", "1 MB"],
+)
+def test_any_text_is_a_prompt(model, prompt):
+    """RELIABILITY 6, case 24: the record says it too, and what doesn't fit is said with counts."""
+    assert torch.equal(draw(model, prompt=prompt), draw(model, prompt=prompt))
+    cut = [
+        "the prompt has 1048576 characters; those after the first 65536 are passed over",
+        "the prompt is 16384 pieces long, the model reads 4; the last 16380 are cut",
+    ]
+    remarks = model.conditioner.remarks(prompt)
+    assert [remark for remark in remarks if "no caption had" not in remark] == (cut if len(prompt) > 100 else [])
+
+
+def test_a_text_beyond_a_megabyte_is_refused(model):
+    with pytest.raises(UsageError, match="1048576 characters at most"):
+        draw(model, prompt="x" * (1 << 20) + "x")
+
+
 def test_what_would_have_no_effect_is_refused(model):
     for request, said in (
         ({"negative_prompt": "red"}, "no effect"),

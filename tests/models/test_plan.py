@@ -12,7 +12,7 @@ from reverie.base.randomness import MAX_SEED
 from reverie.diffusion.samplers.ancestral import DDPM
 from reverie.diffusion.samplers.ddim import DDIM
 from reverie.models.card import SamplingDefaults, ScheduleSpec
-from reverie.models.plan import bucket_rows, finite, settle_kept, whole
+from reverie.models.plan import bucket_rows, finite, settle_kept, settle_size, whole
 
 # Where the card decides -----------------------------------------------------------------------------
 
@@ -149,6 +149,24 @@ def test_what_is_wrong_is_refused_by_name(model, request_, words):
         model.sample(3, **request_)
     assert caught.value.exit_code == 2
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("size", "words"),
+    [
+        (0, "size is 0; it must be a whole number in 1..65536"),
+        (7, "size is 7x7; each side must be a multiple of 8: the nearest is 8x8"),
+        ((513, 300), "size is 513x300; each side must be a multiple of 8: the nearest is 512x304"),
+        (100_000, "size is 100000; it must be a whole number in 1..65536"),
+    ],
+)
+def test_a_size_that_cannot_be_is_refused_with_the_nearest(make, size, words):
+    """RELIABILITY 6, case 24."""
+    card = make().card
+    assert settle_size(card, 8, 8) == (8, 8)
+    with pytest.raises(UsageError, match=words) as caught:
+        settle_size(card, size, 8)
+    assert caught.value.exit_code == 2
 
 
 @pytest.mark.parametrize("n", [0, -3, 10**12])
