@@ -1,7 +1,6 @@
 """Does a model draw what the prompt says? Shapes of combinations that it was never shown, read from the pixels.
 
-    reverie train --data shapes:32,groups=1,split=train,count=20000 --captions --preset tiny --widths 16,32,64 \\
-        --batch-size 16 --minutes 36 --out RUN
+    reverie train --data shapes:32,groups=1,split=train,count=60000 --captions --patch 2 --widths 64,64,128 --out RUN
     python benchmarks/shapes_prompts.py RUN --json prompts.json --figure prompts.svg --sheet prompts.png
 
 Prompts are the 63 of 700 combinations of number, size, colour, kind and place that split "train" leaves out. A picture
@@ -95,10 +94,11 @@ def assess(images: UInt8[torch.Tensor, "n c h w"], groups: Sequence[Group], each
     }
 
 
-def drawn(model: rv.Model, groups: Sequence[Group], guidance: float, each: int, steps: int, seed: int) -> torch.Tensor:
+def drawn(model: rv.Model, groups: Sequence[Group], guidance: float, options: argparse.Namespace) -> torch.Tensor:
     """Return a model's pictures of some groups, so many of each."""
-    prompts = [str(group) for group in groups for _ in range(each)]
-    return model.sample(len(prompts), prompt=prompts, guidance=guidance, steps=steps, seed=seed, exact=False).uint8
+    prompts = [str(group) for group in groups for _ in range(options.each)]
+    how = {"sampler": options.sampler, "steps": options.steps, "seed": options.seed}
+    return model.sample(len(prompts), prompt=prompts, guidance=guidance, exact=False, **how).uint8
 
 
 def real(groups: Sequence[Group], each: int, side: int, seed: int) -> torch.Tensor:
@@ -157,6 +157,7 @@ def main() -> None:
     parser.add_argument("--guidance", default="1,1.5,2,3,4,6,8", help="with commas")
     parser.add_argument("--each", type=int, default=4, help="pictures of each of the prompts, 2 or more")
     parser.add_argument("--prompts", type=int, help="use so many of the prompts")
+    parser.add_argument("--sampler", help="the model's own, if not said")
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--seed", type=int, default=1000)
     parser.add_argument("--json", type=Path)
@@ -172,7 +173,7 @@ def main() -> None:
     truth = assess(real(groups, options.each, model.card.shape[-1], options.seed), groups, options.each)
     rows, best = [], None
     for w in sorted(map(float, options.guidance.split(","))):
-        images = drawn(model, groups, w, options.each, options.steps, options.seed)
+        images = drawn(model, groups, w, options)
         rows.append({"guidance": w, **assess(images, groups, options.each)})
         print(
             f"guidance {w}: {100 * rows[-1]['all']:.1f} % right, {time.perf_counter() - began:.0f} s", file=sys.stderr

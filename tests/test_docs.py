@@ -242,3 +242,10 @@ def test_the_names_under_rv_can_be_had():
     for names in rv._PLACES.values():
         for name in names:
             assert getattr(rv, name) is not None
+
+
+def test_the_tests_that_a_page_names_are_there():
+    named_tests = {found for page in PAGES for found in re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", page.read_text())}
+    assert len(named_tests) > 40
+    missing = [test for test in named_tests if f"def {test[1]}(" not in (ROOT / test[0]).read_text()]
+    assert not missing
