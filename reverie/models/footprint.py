@@ -16,7 +16,7 @@ from torch import nn
 
 from reverie.models.codec import Codec
 from reverie.models.plan import SamplingPlan
-from reverie.networks.autoencoder import Autoencoder
+from reverie.networks.autoencoder import ConvolutionalAutoencoder
 from reverie.networks.captioned import Captioned
 from reverie.networks.packed import Packed
 from reverie.networks.unet import UNet
@@ -59,7 +59,7 @@ def codec_bytes(codec: Codec, shape: tuple[int, ...]) -> int:
     network = codec.network
     height, width = shape[1:]
     picture = 4 * codec.channels * height * width * codec.factor**2
-    if not isinstance(network, Autoencoder):
+    if not isinstance(network, ConvolutionalAutoencoder):
         return 2 * picture
     limit, tile, _ = codec.limits(codec.tile, 1)
     if max(height, width) > limit:

@@ -36,6 +36,7 @@ networks = Registry(
         "unet": "reverie.networks.unet:UNet",
         "captioned": "reverie.networks.captioned:Captioned",
         "autoencoder": "reverie.networks.autoencoder:Autoencoder",
+        "vq-autoencoder": "reverie.networks.vq_autoencoder:VQAutoencoder",
         "tiny-autoencoder": "reverie.networks.tiny_autoencoder:TinyAutoencoder",
         "edm2": "reverie.networks.edm2:EDM2",
         "dit": "reverie.networks.dit:DiT",

@@ -113,7 +113,7 @@ class Middle(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Images (B, C, H, W), the factor dividing both sizes, to numbers (B, 2 c, h, w)."""
+    """Images (B, C, H, W), the factor dividing both sizes, to numbers (B, k, h, w), two for each of a Gaussian's."""
 
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
@@ -127,7 +127,7 @@ class Encoder(nn.Module):
         )
         self.mid_block = Middle(config)
         self.conv_norm_out = GroupNorm(config.norm_num_groups, channels[-1], EPS)
-        self.conv_out = nn.Conv2d(channels[-1], 2 * config.latent_channels, 3, padding=1)
+        self.conv_out = nn.Conv2d(channels[-1], config.encoded[0], 3, padding=1)
 
     def forward(self, x: Image) -> AnyImage:
         x = self.conv_in(x)
@@ -142,7 +142,7 @@ class Decoder(nn.Module):
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
         channels = config.channels[::-1]
-        self.conv_in = nn.Conv2d(config.latent_channels, channels[0], 3, padding=1)
+        self.conv_in = nn.Conv2d(config.decoded[1], channels[0], 3, padding=1)
         self.mid_block = Middle(config)
         self.up_blocks = nn.ModuleList(
             [
@@ -182,30 +182,20 @@ def check_channels(x: Tensor, channels: int, what: str) -> None:
         raise UsageError(f"the {what} are {tuple(x.shape)}; this autoencoder takes (B, {channels}, H, W)")
 
 
-class Autoencoder(nn.Module):
-    """The autoencoder: images to latents and back.
+class ConvolutionalAutoencoder(nn.Module):
+    """The two halves, and the 1x1 convolutions between them; what stands in the middle is its subclasses' affair.
 
     Arguments:
         config: What it is made of.
-
-    Example:
-        >>> import torch
-        >>> autoencoder = Autoencoder(AutoencoderConfig(channels=(8, 8, 8, 8), latent_channels=4))
-        >>> moments = autoencoder.encode(torch.zeros(2, 3, 24, 33))
-        >>> moments.mean.shape, autoencoder.decode(moments.mean).shape
-        (torch.Size([2, 4, 3, 5]), torch.Size([2, 3, 24, 40]))
     """
-
-    Config = AutoencoderConfig
 
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
         self.config = config
-        c = config.latent_channels
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
-        self.quant_conv = nn.Conv2d(2 * c, 2 * c, 1) if config.use_quant_conv else None
-        self.post_quant_conv = nn.Conv2d(c, c, 1) if config.use_post_quant_conv else None
+        self.quant_conv = nn.Conv2d(*config.encoded, 1) if config.use_quant_conv else None
+        self.post_quant_conv = nn.Conv2d(*config.decoded, 1) if config.use_post_quant_conv else None
 
     @property
     def factor(self) -> int:
@@ -219,21 +209,15 @@ class Autoencoder(nn.Module):
         assert isinstance(weight, nn.Parameter)
         return weight
 
-    def encode(self, images: Float[Tensor, "b c h w"]) -> Moments:
-        """Return the Gaussian over the latents of each image: equation (1).
-
-        Arguments:
-            images: Images (B, C, H, W) in [-1, 1], of any size.
-
-        Returns:
-            Its moments (B, c, ceil(H / factor), ceil(W / factor)).
+    def numbers(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b k h2 w2"]:
+        """Return what the encoder says of images (B, C, H, W), from which their latents are read.
 
         Raises:
             UsageError: They are no images of as many channels as the config says.
         """
         check_channels(images, self.config.in_channels, "images")
         numbers = self.encoder(padded(images, self.factor))
-        return Moments.of(numbers if self.quant_conv is None else self.quant_conv(numbers))
+        return numbers if self.quant_conv is None else self.quant_conv(numbers)
 
     def decode(self, latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c2 h2 w2"]:
         """Return the image of each row of latents: equation (2).
@@ -249,6 +233,37 @@ class Autoencoder(nn.Module):
         """
         check_channels(latents, self.config.latent_channels, "latents")
         return self.decoder(latents if self.post_quant_conv is None else self.post_quant_conv(latents))
+
+
+class Autoencoder(ConvolutionalAutoencoder):
+    """The autoencoder: images to latents and back.
+
+    Arguments:
+        config: What it is made of.
+
+    Example:
+        >>> import torch
+        >>> autoencoder = Autoencoder(AutoencoderConfig(channels=(8, 8, 8, 8), latent_channels=4))
+        >>> moments = autoencoder.encode(torch.zeros(2, 3, 24, 33))
+        >>> moments.mean.shape, autoencoder.decode(moments.mean).shape
+        (torch.Size([2, 4, 3, 5]), torch.Size([2, 3, 24, 40]))
+    """
+
+    Config = AutoencoderConfig
+
+    def encode(self, images: Float[Tensor, "b c h w"]) -> Moments:
+        """Return the Gaussian over the latents of each image: equation (1).
+
+        Arguments:
+            images: Images (B, C, H, W) in [-1, 1], of any size.
+
+        Returns:
+            Its moments (B, c, ceil(H / factor), ceil(W / factor)).
+
+        Raises:
+            UsageError: They are no images of as many channels as the config says.
+        """
+        return Moments.of(self.numbers(images))
 
     def forward(
         self, images: Float[Tensor, "b c h w"], noise: Float[Tensor, "b _ _ _"] | None = None

@@ -82,6 +82,16 @@ class AutoencoderConfig(BaseModel):
         """How many pixels a side of one pixel of the latents stands for."""
         return 1 << (len(self.channels) - 1)
 
+    @property
+    def encoded(self) -> tuple[int, int]:
+        """Channels of what the encoder gives, and after the 1x1 convolution: a mean and a log-variance of each."""
+        return 2 * self.latent_channels, 2 * self.latent_channels
+
+    @property
+    def decoded(self) -> tuple[int, int]:
+        """Channels of the latents, and of what the decoder is given."""
+        return self.latent_channels, self.latent_channels
+
     @model_validator(mode="after")
     def _settle(self) -> "AutoencoderConfig":
         """Fill in what follows from other settings, and check the whole."""
@@ -115,7 +125,7 @@ class AutoencoderConfig(BaseModel):
         if (kind := config.get("_class_name", KIND)) != KIND:
             raise ModelFileError(f"the autoencoder is a {kind}; it must be an {KIND}")
         settings = known_settings(KIND, {k: v for k, v in config.items() if k not in SCALING}, DEFAULTS, {})
-        _check_blocks(settings)
+        check_blocks(settings)
         if isinstance(settings["act_fn"], str):
             settings["act_fn"] = settings["act_fn"].lower()
         ours = {RENAMED.get(name, name): value for name, value in settings.items() if "block_types" not in name}
@@ -134,13 +144,16 @@ class AutoencoderConfig(BaseModel):
         levels = len(self.channels)
         types = {"down_block_types": [DOWN] * levels, "up_block_types": [UP] * levels}
         theirs = {name: getattr(self, RENAMED.get(name, name)) for name in DEFAULTS if name not in types}
-        if self.sample_size is None:
-            del theirs["sample_size"]  # diffusers divides by it, and has a default
-        written = {name: list(value) if isinstance(value, tuple) else value for name, value in theirs.items()}
-        return {"_class_name": KIND} | written | types
+        return {"_class_name": KIND} | plain(theirs) | types
 
 
-def _check_blocks(settings: Mapping[str, Any]) -> None:
+def plain(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings as JSON has them, without a size where there is none: diffusers divides by it."""
+    settings = {name: value for name, value in settings.items() if name != "sample_size" or value is not None}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
+
+
+def check_blocks(settings: Mapping[str, Any]) -> None:
     """Refuse blocks other than the two that every such autoencoder in use is made of, or too few of them."""
     channels = settings["block_out_channels"]
     for name, kind in (("down_block_types", DOWN), ("up_block_types", UP)):

@@ -29,7 +29,7 @@ from reverie.kernels import winograd
 from reverie.kernels.packed import Eight, blocks, blocks_of_convolution, convolve, eight, multiply, packs
 from reverie.kernels.winograd import Transformed
 from reverie.networks.attention import Attention
-from reverie.networks.autoencoder import Autoencoder
+from reverie.networks.autoencoder import ConvolutionalAutoencoder
 from reverie.networks.captioned import Captioned
 from reverie.networks.tiny_autoencoder import TinyAutoencoder
 from reverie.networks.unet import UNet
@@ -189,7 +189,7 @@ def packable(network: nn.Module) -> list[nn.Module]:
         # NCSN++ carries its input beside the state, in float32.
         plain = not any("Skip" in kind for kind in (*network.config.down_types, *network.config.up_types))
         return [network] if plain else []
-    if isinstance(network, Autoencoder):
+    if isinstance(network, ConvolutionalAutoencoder):
         return [network.encoder, network.decoder]
     return [network.encoder, network.decoder] if isinstance(network, TinyAutoencoder) else []
 

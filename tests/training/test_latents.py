@@ -131,8 +131,8 @@ def test_what_does_not_fit_is_refused(tmp_path, vae):
 
 def test_formats_that_have_no_place_for_a_codec_say_so(tmp_path, run):
     model = load(run[0])
-    for kind in ("diffusers", "single-file"):
-        with pytest.raises(UsageError, match="cannot express a codec"):
+    for kind, what in (("diffusers", "a shift of the latents"), ("single-file", "a codec")):
+        with pytest.raises(UsageError, match=f"cannot express {what}"):
             write_model(model, tmp_path / "out.safetensors", kind)
     write_model(model, tmp_path / "native", "native")
     assert torch.equal(load(tmp_path / "native").sample(1, steps=1).uint8, model.sample(1, steps=1).uint8)

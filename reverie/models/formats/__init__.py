@@ -22,6 +22,7 @@ formats = Registry(
         "run": f"{_HERE}.run_folder:RunFolder",
         "checkpoint": f"{_HERE}.run_folder:CheckpointFolder",
         "stable-diffusion": f"{_HERE}.stable_diffusion:StableDiffusionFolder",
+        "latent-diffusion": f"{_HERE}.latent_folder:LatentFolder",
         "diffusers": f"{_HERE}.diffusers_folder:DiffusersFolder",
         "original": f"{_HERE}.original:OriginalFile",
         "native": f"{_HERE}.native_folder:NativeFolder",
@@ -113,7 +114,8 @@ def write_model(model: Model, path: Path | str, kind: str | None = None, overwri
     Arguments:
         model: The model.
         path: Where: a folder, or a file whose name ends with .safetensors.
-        kind: diffusers, native or single-file; the first of them that has words for the model, where None.
+        kind: diffusers, native or single-file; the first of them that has words for the model, where None. A model
+            of latents becomes diffusers' folder of those (LDMPipeline) where diffusers is asked for.
         overwrite: Replace a model of the same format.
 
     Returns:
@@ -128,6 +130,8 @@ def write_model(model: Model, path: Path | str, kind: str | None = None, overwri
     if kind is None:
         kinds = ("single-file",) if path.suffix == ".safetensors" else ("diffusers", "native")
         kind = next((name for name in kinds if formats[name]().inexpressible(model) is None), kinds[-1])
+    if kind == "diffusers" and model.codec is not None:
+        kind = "latent-diffusion"
     chosen: Format = formats[kind]()
     if wrong := chosen.inexpressible(model):
         raise UsageError(f"a {kind} model cannot express {wrong}; write a native one")

@@ -14,12 +14,12 @@ from reverie.models.codec import Codec, build_codec
 from reverie.models.formats.base import Contents, write_folder
 from reverie.models.formats.diffusers_folder import text
 from reverie.models.formats.files import read_json
-from reverie.models.formats.pipeline import VAE, codec_spec, renamed
+from reverie.models.formats.pipeline import CODECS, VAE, codec_spec, renamed
 from reverie.models.formats.stable_diffusion import STEMS, folder_tensors
 from reverie.models.formats.taesd import read_taesd
 from reverie.models.formats.weights import fill, install
 from reverie.models.model import Model, weights_digest
-from reverie.networks.tiny_autoencoder_config import TinyAutoencoderConfig
+from reverie.networks import networks
 
 CODEC = "codec.safetensors"
 
@@ -50,26 +50,20 @@ def beside(path: Path, card: Card) -> Codec | None:
 
 def spec_of(codec: Codec) -> CodecSpec:
     """Return what a card says of a codec, its digest too."""
-    name = "tiny-autoencoder" if isinstance(codec.network.config, TinyAutoencoderConfig) else "autoencoder"
+    name = next(name for name, _ in CODECS.values() if isinstance(codec.network, networks[name]))
     config = codec.network.config.model_dump(mode="json", exclude_unset=True)  # type: ignore[union-attr, operator]
     digest = weights_digest(codec.network.state_dict())
     return CodecSpec(name=name, config=config, scale=codec.scale, shift=codec.shift, digest=digest)
 
 
 def vae_folder(path: Path) -> Codec:
-    """Return the codec of a folder of diffusers' with an AutoencoderKL or an AutoencoderTiny.
+    """Return the codec of a folder of diffusers' with an AutoencoderKL, an AutoencoderTiny or a VQModel.
 
     Raises:
         ModelFileError: It is none, or is damaged.
     """
-    settings = read_json(path / "config.json")
-    if settings.get("_class_name") == "AutoencoderTiny":
-        config = TinyAutoencoderConfig.from_diffusers(settings)
-        spec = CodecSpec(name="tiny-autoencoder", config=config.model_dump(mode="json", exclude_unset=True))
-    else:
-        spec = codec_spec(settings, str(path))
     with torch.device("meta"):
-        codec = build_codec(spec)
+        codec = build_codec(codec_spec(read_json(path / "config.json"), str(path)))
     fill(codec.network, renamed(folder_tensors(path, STEMS[VAE])), str(path))
     return codec.freeze()
 
@@ -94,9 +88,8 @@ def read_codec(path: str) -> Codec:
             return Codec(read_taesd(encoder, decoder)).freeze()
         raise UsageError(f"there is no codec {path}; give a folder with a vae, or two files as encoder:decoder")
     for place in (folder / VAE, folder):
-        if (place / "config.json").is_file() and "Autoencoder" in str(
-            read_json(place / "config.json").get("_class_name")
-        ):
+        config = place / "config.json"
+        if config.is_file() and read_json(config).get("_class_name") in CODECS:
             return vae_folder(place)
     found: Model = read_model(folder)
     if found.codec is None:
@@ -108,14 +101,19 @@ def write_vae(codec: Codec, path: Path) -> None:
     """Write an autoencoder as a vae's folder of diffusers'; what is there is replaced.
 
     Arguments:
-        codec: Its network is an `Autoencoder`.
+        codec: The autoencoder.
         path: The folder.
 
     Raises:
         StorageError: It can't be written.
     """
+    write_folder(path, vae_contents(codec), lambda _: {})
+
+
+def vae_contents(codec: Codec) -> Contents:
+    """Return the two files of a vae's folder of diffusers'."""
     settings = codec.network.config.to_diffusers() | {"scaling_factor": codec.scale}  # type: ignore[union-attr, operator]
     if codec.shift:
         settings["shift_factor"] = codec.shift
     weights = safetensors_writer(codec.network.state_dict(), {"format": "pt"})
-    write_folder(path, {"config.json": text(settings), f"{STEMS[VAE]}.safetensors": weights}, lambda _: {})
+    return {"config.json": text(settings), f"{STEMS[VAE]}.safetensors": weights}

@@ -156,6 +156,19 @@ def check_pipeline(path: Path) -> None:
     if name not in PIPELINES or parts.keys() != {UNET, SCHEDULER}:
         held = ", ".join(str(part)[:40] for part in parts)
         raise ModelFileError(f"{path} is a {str(name)[:100]} of {held}; what is read is {' or '.join(PIPELINES)}")
+    check_owners(path, {UNET, SCHEDULER})
+
+
+def check_owners(path: Path, wanted: set[str]) -> None:
+    """Refuse a pipeline of other parts than those wanted, or with one that is not diffusers' own.
+
+    Raises:
+        ModelFileError: It has such a part.
+    """
+    parts = {key: value for key, value in read_json(path / INDEX).items() if not key.startswith("_")}
+    if parts.keys() != wanted:
+        held, read = (", ".join(sorted(str(part)[:40] for part in some)) for some in (parts, wanted))
+        raise ModelFileError(f"{path} is a pipeline of {held}; what is read has {read}")
     for part, place in parts.items():
         library = place[0] if isinstance(place, list) and place else place
         if library != "diffusers":

@@ -17,11 +17,18 @@ from reverie.models.formats.base import build_unfilled
 from reverie.models.formats.scheduler import Reading
 from reverie.models.formats.weights import fill
 from reverie.models.model import Model
+from reverie.networks import networks
 from reverie.networks.unet import modern_name
 from reverie.networks.unet_config import UNetConfig
 
 UNET, VAE, TEXTS = "unet", "vae", ("text_encoder", "text_encoder_2")
 MAX_WIDTH, MAX_LAYERS, MAX_WORDS = 16384, 128, 1_000_000
+KL = "AutoencoderKL"
+CODECS = {  # diffusers' classes: our networks, and the scale of the latents where none is told
+    KL: ("autoencoder", 0.18215),
+    "VQModel": ("vq-autoencoder", 0.18215),
+    "AutoencoderTiny": ("tiny-autoencoder", 1.0),
+}
 GUIDANCE = {"sd": 7.5, "sdxl": 5.0}  # what diffusers' pipelines take where nobody says otherwise
 POSITIONS = re.compile(r"(.*\.)?position_ids")
 
@@ -117,17 +124,21 @@ def make_card(parts: Parts) -> Card:
 
 
 def codec_spec(config: Mapping[str, Any], where: str) -> CodecSpec:
-    """Return the codec that a vae's config.json stands for."""
-    from reverie.networks.autoencoder_config import AutoencoderConfig
+    """Return the codec that the config.json of one of diffusers' autoencoders stands for.
 
+    Raises:
+        ModelFileError: It is none that is known, or asks for what is not supported.
+    """
+    name, usual = CODECS.get(str(config.get("_class_name", KL)), CODECS[KL])
     try:
-        network = AutoencoderConfig.from_diffusers(config)
+        network = networks[name].Config.from_diffusers(config)  # which refuses an unknown class by its name
     except ModelFileError as error:
         raise ModelFileError(f"{where}: {VAE}: {error}") from None
     scale, shift = (config.get(f"{name}_factor") for name in ("scaling", "shift"))
     return CodecSpec(
+        name=name,
         config=network.model_dump(mode="json", exclude_unset=True),
-        scale=0.18215 if scale is None else float(scale),
+        scale=usual if scale is None else float(scale),
         shift=0.0 if shift is None else float(shift),
     )
 
