@@ -103,18 +103,9 @@ template <class N> static void rows(const typename N::Number* x, long token, lon
 
 // Rows [0, count) in words that go along the rows: `dim` of them for each STEP rows.
 template <class N> static void across_rows(const typename N::Number* x, long token, long count, long dim, float* to) {
-    if constexpr (N::STEP == 1) return rows<N>(x, token, count, dim, to);
-    for (long j = 0; j + 1 < count; j += 2, to += dim) {
-        const typename N::Number *a = x + j * token, *b = a + token;
-        for (long d = 0; d < dim; d++) {
-            const uint32_t word = uint32_t(a[d]) | uint32_t(b[d]) << 16;
-            memcpy(to + d, &word, sizeof word);
-        }
-    }
-    for (long d = 0; count % 2 && d < dim; d++) {
-        const uint32_t word = uint32_t(x[(count - 1) * token + d]);
-        memcpy(to + d, &word, sizeof word);
-    }
+    for (long j = 0; j < count; j += N::STEP, to += dim)
+        for (long d = 0; d < dim; d += W)
+            store_n(to + d, words_across<N>(x + j * token + d, token, count - j, dim - d), dim - d);
 }
 
 // What a mask adds to the scores of W queries and one key.
@@ -302,13 +293,14 @@ template <class N> struct Backward {
 
     void in_turns(const Number* a, long a_token, const Number* b, long b_token, long count) {
         const long width = up(2 * dim);
-        memset(turns, 0, words<N>(count) * width * sizeof(float));
-        Number* to = reinterpret_cast<Number*>(turns);
-        for (long i = 0; i < count; i++)
-            for (long d = 0; d < dim; d++) {
-                Number* word = to + (i / N::STEP * width + 2 * d) * N::STEP + i % N::STEP;
-                word[0] = a[i * a_token + d];
-                word[N::STEP] = b[i * b_token + d];
+        float* to = turns;
+        for (long i = 0; i < count; i += N::STEP, to += width)
+            for (long d = 0; d < dim; d += W) {
+                V first = words_across<N>(a + i * a_token + d, a_token, count - i, dim - d);
+                V second = words_across<N>(b + i * b_token + d, b_token, count - i, dim - d);
+                into_turns(first, second);
+                store(to + 2 * d, first);
+                if (2 * d + W < width) store(to + 2 * d + W, second);
             }
     }
 
@@ -359,10 +351,14 @@ template <class N> struct Backward {
 
     // Gradients of keys and values, as rows.
     void end(Number* dk, Number* dv, long token, float factor) {
+        const long width = up(2 * dim);
         for (long j = 0; j < keys; j++)
-            for (long d = 0; d < dim; d++) {
-                dv[j * token + d] = number<Number>(dkv[j * up(2 * dim) + 2 * d]);
-                dk[j * token + d] = number<Number>(dkv[j * up(2 * dim) + 2 * d + 1] * factor);
+            for (long d = 0; d < dim; d += W) {
+                const float* from = dkv + j * width + 2 * d;
+                V first = load(from), second = 2 * d + W < width ? load(from + W) : V{};
+                out_of_turns(first, second);
+                store_n(dv + j * token + d, first, dim - d);
+                store_n(dk + j * token + d, second * all(factor), dim - d);
             }
     }
 };

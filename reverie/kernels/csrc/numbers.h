@@ -47,22 +47,41 @@ template <int TERMS> static inline V power_of_two(V x, const float (&c)[TERMS]) 
 #endif
 }
 
-// The words of two vectors in turns.
+// The words of two vectors in turns, and back.
 #ifndef __clang__
-static inline void store_words(float* to, V first, V second) {
+static inline void into_turns(V& first, V& second) {
     VI low, high;
     for (int i = 0; i < W; i++) {
         low[i] = i / 2 + i % 2 * W;
         high[i] = low[i] + W / 2;
     }
-    store(to, (V)__builtin_shuffle(first, second, low));
-    store(to + W, (V)__builtin_shuffle(first, second, high));
+    const V both = __builtin_shuffle(first, second, low);
+    second = __builtin_shuffle(first, second, high);
+    first = both;
+}
+static inline void out_of_turns(V& first, V& second) {
+    VI even, odd;
+    for (int i = 0; i < W; i++) even[i] = 2 * i, odd[i] = 2 * i + 1;
+    const V evens = __builtin_shuffle(first, second, even);
+    second = __builtin_shuffle(first, second, odd);
+    first = evens;
 }
 #else
-static inline void store_words(float* to, V first, V second) {
-    for (int i = 0; i < W; i++) to[2 * i] = first[i], to[2 * i + 1] = second[i];
+static inline void into_turns(V& first, V& second) {
+    float turns[2 * W];
+    for (int i = 0; i < W; i++) turns[2 * i] = first[i], turns[2 * i + 1] = second[i];
+    first = load(turns), second = load(turns + W);
+}
+static inline void out_of_turns(V& first, V& second) {
+    float turns[2 * W];
+    store(turns, first), store(turns + W, second);
+    for (int i = 0; i < W; i++) first[i] = turns[2 * i], second[i] = turns[2 * i + 1];
 }
 #endif
+static inline void store_words(float* to, V first, V second) {
+    into_turns(first, second);
+    store(to, first), store(to + W, second);
+}
 
 // log2(x) within 2e-7 (of 1, or of itself where that is more), for normal x above 0; NaN stays NaN.
 static inline V log2v(V x) {
@@ -134,14 +153,20 @@ static inline V spread_two(const float* word) {
 template <class N> static inline V load_words(const typename N::Number* x, long n) {
     V v = {};
     if (n >= W * N::STEP) memcpy(&v, x, sizeof v);
+#ifdef __AVX512BW__
+    else if (N::STEP == 2) v = (V)_mm512_maskz_loadu_epi16((1u << n) - 1, x);
+    else v = (V)_mm512_maskz_loadu_epi32(__mmask16((1u << n) - 1), x);
+#else
     else memcpy(&v, x, n * sizeof(typename N::Number));
+#endif
     return v;
 }
 
-template <class T> static inline T number(float x);
-template <> inline float number<float>(float x) { return x; }
-template <> inline uint16_t number<uint16_t>(float x) {
-    uint16_t h;
-    store_part(&h, all(x), 1);
-    return h;
+// Words that go along rows: a vector of them at most, each of the n numbers of a row, and its fellow of the next, where
+// there is one, if a word holds two.
+template <class N> static inline V words_across(const typename N::Number* x, long token, long rows, long n) {
+    const V first = load_n(x, n);
+    if constexpr (N::STEP == 1) return first;
+    const V second = rows > 1 ? load_n(x + token, n) : V{};  // a bfloat16 is loaded as the upper half of its lane
+    return (V)((VU)first >> 16 | (VU)second);
 }

@@ -64,6 +64,19 @@ static inline void store(uint16_t* p, V v) {
 }
 
 // The first n < W numbers of a vector; the others are zero, and are not written.
+#ifdef __AVX512BW__
+static inline V load_part(const float* p, int n) { return (V)_mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), p); }
+static inline V load_part(const uint16_t* p, int n) {
+    const __m256i h = _mm256_maskz_loadu_epi16(__mmask16((1u << n) - 1), p);
+    return (V)_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16);
+}
+static inline void store_part(float* p, V v, int n) { _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1), (__m512)v); }
+static inline void store_part(uint16_t* p, V v, int n) {
+    uint16_t full[W];
+    store(full, v);
+    _mm256_mask_storeu_epi16(p, __mmask16((1u << n) - 1), _mm256_loadu_si256((const __m256i*)full));
+}
+#else
 template <class T> static inline V load_part(const T* p, int n) {
     T full[W] = {};
     memcpy(full, p, n * sizeof(T));
@@ -74,6 +87,7 @@ template <class T> static inline void store_part(T* p, V v, int n) {
     store(full, v);
     memcpy(p, full, n * sizeof(T));
 }
+#endif
 template <class T> static inline V load_n(const T* p, long n) { return n >= W ? load(p) : load_part(p, int(n)); }
 template <class T> static inline void store_n(T* p, V v, long n) {
     if (n >= W) store(p, v);
@@ -105,9 +119,13 @@ template <bool BELOW = false> static inline V exp2v(V x) {
 static inline V expv(V x) { return exp2v(x * all(LOG2E)); }
 
 static inline float sum(V v) {
+#ifdef __AVX512F__
+    return _mm512_reduce_add_ps((__m512)v);
+#else
     float s = 0;
     for (int i = 0; i < W; i++) s += v[i];
     return s;
+#endif
 }
 
 // Memory for each of some threads, aligned to cache lines.
