@@ -6,7 +6,8 @@ Times are the process's own CPU time with one thread, medians of runs in which t
 does disturbs both alike. Errors are the largest difference from the same in float64 over the largest value, of the
 output and of the worst of its gradients. Shapes are those of a small U-Net's training step (batch 64, 32x32) and of
 Stable Diffusion 1.5 (batch 2, latents of 64x64). Convolutions are those of packed weights, forward alone: oneDNN's
-(plain) and Winograd's (fast); `--only convolution`.
+(plain) and Winograd's (fast); `--only convolution`. Those of a weight that is trained, in bfloat16 with all gradients:
+PyTorch's (plain) and with the weight's by Winograd's (fast); `--only trained`.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from torch import Tensor
 
 from reverie.kernels import dispatch, winograd
 from reverie.kernels.attention import by_formula
+from reverie.kernels.convolution import convolution as trained
 from reverie.kernels.linear import convolution
 from reverie.kernels.packed import blocks_of_convolution, convolve
 
@@ -83,6 +85,15 @@ CONVOLUTION = {  # samples, in, out, size
     "tiny decoder, 256x256, 64": (1, 64, 64, 256),
     "small U-Net, 32x32": (64, 32, 32, 32),
     "small U-Net, 16x16": (64, 64, 64, 16),
+}
+TRAINED = {  # samples, in, out, size
+    "small U-Net, 32x32": (64, 32, 32, 32),
+    "small U-Net, 32x32, 64 to 32": (64, 64, 32, 32),
+    "small U-Net, 32x32, 96 to 32": (64, 96, 32, 32),
+    "small U-Net, 32x32, 64": (64, 64, 64, 32),
+    "small U-Net, 16x16, 64": (64, 64, 64, 16),
+    "small U-Net, 16x16, 128 to 64": (64, 128, 64, 16),
+    "small U-Net, 8x8, 64": (64, 64, 64, 8),
 }
 Function = Callable[..., Tensor]
 
@@ -198,11 +209,28 @@ def packed_convolution(shape: tuple[int, ...], dtype: torch.dtype, runs: int) ->
     return {"m": m} | found
 
 
+def trained_convolution(shape: tuple[int, ...], dtype: torch.dtype, runs: int) -> dict[str, Any]:
+    """Measure a convolution with its gradients: PyTorch's (plain) and with the weight's gradient by ours (fast)."""
+    samples, inner, outer, size = shape
+    x = torch.randn(samples, inner, size, size).to(dtype).to(memory_format=torch.channels_last)
+    weight = (torch.randn(outer, inner, 3, 3) / (9 * inner) ** 0.5).to(dtype).to(memory_format=torch.channels_last)
+
+    def plain(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return F.conv2d(x, weight, bias, padding=1)
+
+    def fast(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return trained(x, weight, bias, (1, 1), (1, 1))
+
+    inputs = [x, weight, torch.randn(outer).to(dtype)]
+    return compared(plain, fast, plain, inputs, runs, 18 * samples * inner * outer * size**2)
+
+
 OPERATORS: dict[str, tuple[Callable[..., dict[str, Any]], Any]] = {
     "attention": (attention, ATTENTION),
     "norm": (norm, NORM),
     "linear": (linear, LINEAR),
     "convolution": (packed_convolution, CONVOLUTION),
+    "trained": (trained_convolution, TRAINED),
 }
 HEAD = ["", "forward ms: plain", "fast", "x", "backward ms: plain", "fast", "x"]
 HEAD += ["error: plain", "fast", "of gradients: plain", "fast"]

@@ -23,7 +23,7 @@ from jaxtyping import Float, Real
 from torch import Tensor, nn
 
 from reverie.base.errors import UsageError
-from reverie.kernels import ACTIVATIONS, attention, group_norm, linear, self_attention
+from reverie.kernels import ACTIVATIONS, attention, convolution, group_norm, linear, self_attention
 
 __all__ = ["ACTIVATIONS", "attention", "group_norm", "linear", "self_attention"]
 
@@ -48,6 +48,13 @@ class GroupNorm(nn.GroupNorm):
         add: Tensor | None = None,
     ) -> Tensor:
         return group_norm(input, self.num_groups, self.weight, self.bias, self.eps, act, scale, shift, add)
+
+
+class Conv2d(nn.Conv2d):
+    """nn.Conv2d on the operator of `reverie.kernels`, for convolutions that are neither dilated nor in groups."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return convolution(input, self.weight, self.bias, self.stride, self.padding)  # type: ignore[arg-type]
 
 
 class Linear(nn.Linear):
@@ -253,7 +260,7 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Image, like: SizeOf | None = None) -> Resized:
         """Double x, and crop it to the size of `like` where that is given."""
@@ -301,13 +308,13 @@ class ResidualBlock(nn.Module):
         super().__init__()
         self.act, self.scale_shift, self.scale_out, self.resample = act, scale_shift, scale_out, resample
         self.norm1 = GroupNorm(groups, in_channels, eps)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv1 = Conv2d(in_channels, out_channels, 3, padding=1)
         self.time_emb_proj = None
         if time_channels is not None:
             self.time_emb_proj = Linear(time_channels, out_channels * (2 if scale_shift else 1))
         self.norm2 = GroupNorm(groups_out or groups, out_channels, eps)
         self.dropout = nn.Dropout(dropout)
-        self.conv2 = zeroed(nn.Conv2d(out_channels, out_channels, 3, padding=1))
+        self.conv2 = zeroed(Conv2d(out_channels, out_channels, 3, padding=1))
         self.conv_shortcut = None
         if shortcut or in_channels != out_channels:
             self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1)

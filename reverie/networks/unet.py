@@ -47,7 +47,17 @@ from torch import Tensor, nn
 
 from reverie.base.errors import ModelFileError, UsageError
 from reverie.networks.checks import check_context, check_images, check_label
-from reverie.networks.layers import ACTIVATIONS, Fourier, GroupNorm, Places, Sinusoids, TimeEmbedding, checked, zeroed
+from reverie.networks.layers import (
+    ACTIVATIONS,
+    Conv2d,
+    Fourier,
+    GroupNorm,
+    Places,
+    Sinusoids,
+    TimeEmbedding,
+    checked,
+    zeroed,
+)
 from reverie.networks.skip_blocks import SkipDownBlock, SkipUpBlock
 from reverie.networks.unet_blocks import Block, DownBlock, MiddleBlock, UpBlock
 from reverie.networks.unet_config import UNetConfig
@@ -150,7 +160,7 @@ class UNet(nn.Module):
             ]
         )
         self.conv_norm_out = GroupNorm(config.groups(first), first, config.norm_eps)
-        self.conv_out = zeroed(nn.Conv2d(first, config.out_channels * config.patch**2, 3, padding=1))
+        self.conv_out = zeroed(Conv2d(first, config.out_channels * config.patch**2, 3, padding=1))
 
     def _time_features(self) -> nn.Module:
         config, first = self.config, self.config.channels[0]

@@ -16,7 +16,7 @@ WARM_UP = 3  # steps before the first that counts: they find memory and build ke
 # What an operator's name begins with, or holds, decides which row it is counted in: the first that fits.
 ROWS = {
     "optimiser": ("adamw", "foreach", "linalg_vector_norm"),
-    "convolution": ("convolution",),
+    "convolution": ("convol",),
     "attention": ("attend", "attention", "softmax", "bmm"),
     "group norm": ("normalise", "group_norm"),
     "activations": ("silu", "gelu", "mish", "relu"),

@@ -34,8 +34,6 @@ struct Mask {
     }
 };
 
-static inline long up(long n) { return (n + W - 1) / W * W; }
-
 // A square of W rows as columns.
 #ifdef __clang__
 static inline void transpose(V* v) {

@@ -4,6 +4,7 @@
 #include "gate.h"
 #include "norm.h"
 #include "normal.h"
+#include "weight_gradient.h"
 #include "winograd.h"
 #ifdef _OPENMP
 #include <omp.h>
@@ -225,4 +226,30 @@ WINOGRAD(4, Single, float, )
 #ifdef __AVX512BF16__
 WINOGRAD(2, Half, uint16_t, _bfloat16)
 WINOGRAD(4, Half, uint16_t, _bfloat16)
+#endif
+
+// shape: samples, height, width, inputs, outputs. dw: (threads, outputs, 3, 3, inputs in whole vectors); db: (threads,
+// outputs in whole vectors). Each thread's part is the sum over samples of its own.
+template <class N, class T = typename N::Number>
+static int weight_gradient(const int64_t* shape, const T* x, const T* dy, float* dw, float* db, int threads) {
+    const WeightGradient<N> w({shape[0], shape[1], shape[2], shape[3], shape[4]}, x, dy);
+    const long groups = words<N>(w.n.samples), size = w.n.out * 9 * w.wide;
+    const Scratch scratch(threads, w.scratch());
+    if (!scratch.data) return 1;
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (long part = 0; part < threads; part++)
+        w.run(groups * part / threads * N::STEP, groups * (part + 1) / threads * N::STEP, dw + part * size, db + part * w.high,
+              scratch.of(omp_get_thread_num()));
+    return 0;
+}
+
+#define WEIGHT_GRADIENT(N, T, SUFFIX)                                                                                 \
+    API int reverie_weight_gradient##SUFFIX(const int64_t* shape, const T* x, const T* dy, float* dw, float* db,      \
+                                            int threads) {                                                            \
+        return weight_gradient<N>(shape, x, dy, dw, db, threads);                                                     \
+    }
+
+WEIGHT_GRADIENT(Single, float, )
+#ifdef __AVX512BF16__
+WEIGHT_GRADIENT(Half, uint16_t, _bfloat16)
 #endif

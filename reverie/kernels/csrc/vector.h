@@ -26,6 +26,8 @@ typedef int32_t VI __attribute__((vector_size(4 * W)));
 typedef uint32_t VU __attribute__((vector_size(4 * W)));
 typedef uint16_t VH __attribute__((vector_size(2 * W)));
 
+static inline long up(long n) { return (n + W - 1) / W * W; }  // to whole vectors
+
 constexpr float LOG2E = 1.44269504088896341f;
 constexpr float INF = std::numeric_limits<float>::infinity();
 
