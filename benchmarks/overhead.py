@@ -7,10 +7,10 @@ microseconds of the thread's own processor time (what the machine does for other
 time that the network is asked (Heun's rule asks twice a step).
 
 Ours is the whole loop of `run`, divided by that: its start, the call of the network, the prediction's conversion, the
-step, the preview x0, the check for finite numbers. Theirs is scale_model_input and step, as their pipelines call them,
-without a network. The first run of each is left out: ours works out its steps then (the column "first"), and
-theirs builds its tables in set_timesteps, which is not timed either. Medians of runs that alternate. "draw" is what of
-ours is a draw of the noise, by itself; theirs draws by torch.randn.
+step, the check for finite numbers; previews where --previews asks for them. Theirs is scale_model_input and step, as
+their pipelines call them, without a network, and without previews. The first run of each is left out: ours works out
+its steps then (the column "first"), and theirs builds its tables in set_timesteps, which is not timed either. Medians of
+runs that alternate. "draw" is what of ours is a draw of the noise, by itself; theirs draws by torch.randn.
 """
 
 import argparse
@@ -64,7 +64,7 @@ class Returns(nn.Module):
         return self.output
 
 
-def ours(name: str, steps: int) -> Callable[[], float]:
+def ours(name: str, steps: int, previews: bool = False) -> Callable[[], float]:
     """Return a function that runs a sampler and returns microseconds an evaluation."""
     schedule = schedules["linear"]()
     denoiser = NetworkDenoiser(Returns(0.1 * torch.ones(1, *SHAPE)), schedule, "eps")
@@ -74,7 +74,7 @@ def ours(name: str, steps: int) -> Callable[[], float]:
     def go() -> float:
         first = start(sampler, schedule, SHAPE, 1.0, noise)
         began = time.thread_time()
-        for _ in run(sampler, denoiser, first, grid, noise):
+        for _ in run(sampler, denoiser, first, grid, noise, previews):
             pass
         return (time.thread_time() - began) / asked * 1e6
 
@@ -115,12 +115,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--runs", type=int, default=15)
+    parser.add_argument("--previews", action="store_true", help="make x0 at each step")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
     found = {}
     for name, (peer, settings) in PAIRS.items():
-        pair = ours(name, options.steps), theirs(peer, settings, options.steps)
+        pair = ours(name, options.steps, options.previews), theirs(peer, settings, options.steps)
         moves.cache_clear()
         first = pair[0]()
         rows = [[go() for go in pair] for _ in range(options.runs + 1)][1:]

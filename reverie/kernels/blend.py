@@ -18,7 +18,7 @@ from torch import Tensor
 from reverie.kernels.dispatch import library
 
 MOST = 8  # terms of a sum in the library
-ADDRESS = Tensor.data_ptr
+ADDRESS, empty_like = Tensor.data_ptr, torch.empty_like
 
 
 class Blend:
@@ -49,9 +49,9 @@ class Blend:
         """
         if self.terms > MOST:
             return self.plain(tensors), False
-        x, empty = tensors[0], torch.empty_like
-        out = [empty(x), empty(x)] if self.sums == 2 else [empty(x) for _ in range(self.sums)]
-        call = self._call(x.numel(), torch.get_num_threads(), *map(ADDRESS, tensors), *map(ADDRESS, out))
+        x = tensors[0]
+        out = [empty_like(x)] if self.sums == 1 else [empty_like(x) for _ in range(self.sums)]
+        call = self._call(x.numel(), torch.get_num_threads(), *map(ADDRESS, (*tensors, *out)))
         return out, not function()(self._plan, call)
 
     def plain(self, tensors: Sequence[Tensor]) -> list[Tensor]:

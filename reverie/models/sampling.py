@@ -211,8 +211,8 @@ def draw(
     first = start(plan.sampler, denoiser.schedule, plan.shape, grid[:, 0], noise, device)
     if given is not None:
         first = plan.sampler.init(noised(denoiser, given.x0.to(device), grid[:, 0], noise), grid[:, 0])
-    kept = []
-    for step, state in enumerate(run(plan.sampler, denoiser, first, grid, noise), start=1):
+    kept, previews = [], watch is not None or bool(plan.kept)
+    for step, state in enumerate(run(plan.sampler, denoiser, first, grid, noise, previews), start=1):
         if step in plan.kept:
             kept.append(Intermediate(step, float(plan.grid[step]), state.x.cpu(), state.x0.cpu()))
         if watch is not None:

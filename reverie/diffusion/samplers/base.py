@@ -7,10 +7,10 @@ and join another, and a state that is saved and loaded goes on as if nothing had
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from jaxtyping import Float, Int64
@@ -34,7 +34,8 @@ class State:
         x: The noisy samples (B, *D).
         t: Their times (B,), float64, on the CPU: no step waits for a device to know where it is.
         k: The steps each has taken (B,), int64, on the CPU; noise is drawn by it.
-        x0: The last estimate of the clean samples (B, *D): a preview. Zero before the first step.
+        x0: The last estimate of the clean samples (B, *D): a preview. Zero before the first step, and where none
+            is asked for.
         memory: What a sampler keeps from step to step, by name, tensors of B rows.
     """
 
@@ -43,6 +44,29 @@ class State:
     k: Int64[Tensor, " b"]
     x0: Tensor
     memory: dict[str, Tensor] = field(default_factory=dict)
+
+    @staticmethod
+    def later(x: Tensor, rest: "Callable[[], State]") -> "State":
+        """Return a state of which only x is there: what else it has is made when something of it is asked for."""
+        state = object.__new__(State)
+        parts = state.__dict__  # frozen, a state takes nothing else
+        parts["x"], parts["_rest"] = x, rest
+        return state
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> object:
+            """Return what is not there yet, made."""
+            parts = self.__dict__
+            if "_rest" in parts and not name.startswith("__"):
+                parts.update(vars(parts["_rest"]()))
+            if name not in parts:
+                raise AttributeError(f"a state has no {name}")
+            return parts[name]
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Copy and pickle it as the tensors that it is."""
+        return State, (self.x, self.t, self.k, self.x0, self.memory)
 
     def rows(self, index: Sequence[int] | Tensor) -> "State":
         """Return the state of some of the samples."""
@@ -182,12 +206,25 @@ def start(
 
 
 def run(
-    sampler: Sampler, denoiser: Denoiser, state: State, grid: Float[Tensor, "*b n"], noise: Noise
+    sampler: Sampler,
+    denoiser: Denoiser,
+    state: State,
+    grid: Float[Tensor, "*b n"],
+    noise: Noise,
+    previews: bool = True,
 ) -> Iterator[State]:
     """Yield the state after each step along a grid, (N + 1,) for all or (B, N + 1): the one loop.
 
     Progress, previews, intermediates and cancellation are the caller's, who looks at what is yielded or
     stops asking.
+
+    Arguments:
+        sampler: The sampler.
+        denoiser: The model.
+        state: Where the samples are.
+        grid: The times.
+        noise: The noise of each sample.
+        previews: Whether states have their x0; without, it may be zero, and a step makes no more than it needs.
 
     Raises:
         UsageError: The state is not where the grid starts.
@@ -201,12 +238,8 @@ def run(
             f"the samples are at t = {state.t.tolist()}; a grid that begins there and has a next time is due, "
             f"not one of {grid.shape[-1]} times from {grid[..., :1].flatten().tolist()}"
         )
-    steps = recorded(sampler, denoiser, state, grid)
-    taken = (
-        one_by_one(sampler, denoiser, state, grid, noise)
-        if steps is None
-        else walk(steps, denoiser, state, grid, noise)
-    )
+    route = recorded(sampler, denoiser, state, grid, previews)
+    taken = one_by_one(sampler, denoiser, state, grid, noise) if route is None else walk(route, denoiser, state, noise)
     for after, finite in taken:
         if not finite:
             check_finite(after, denoiser.schedule, state)
@@ -257,5 +290,5 @@ def sample(
         tensor([[1., 1.]])
     """
     state = start(sampler, denoiser.schedule, shape, grid[..., 0], noise, device)
-    *_, last = run(sampler, denoiser, state, grid, noise)
+    *_, last = run(sampler, denoiser, state, grid, noise, previews=False)
     return last.x

@@ -13,8 +13,9 @@ schedule and the grid; a run then looks up and sums. The sampler's own steps are
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import pairwise
+from operator import itemgetter
 from typing import NamedTuple
 
 import torch
@@ -33,14 +34,23 @@ from reverie.kernels.dispatch import fast, traced
 ROOM = 24  # tensors in memory, outputs and draws of a step, all together, at the most
 
 Row = tuple[float, ...]
+Pick = Callable[[list[Tensor]], tuple[Tensor, ...]]
 
 
 class Sums(NamedTuple):
-    """Some of the sums (1): what is to be computed of what, and which of old and new each of them then is."""
+    """Some of the sums (1): what is to be computed, and which of old and new each of them then is.
+
+    Arguments:
+        blend: The sums that are computed; None where all are there already.
+        terms: Picks what they are computed of.
+        picks: Picks all the sums out of what there was and what was computed.
+        fresh: Whether the first of them is computed.
+    """
 
     blend: Blend | None
-    terms: tuple[int, ...]
-    picks: tuple[int, ...]
+    terms: Pick
+    picks: Pick
+    fresh: bool
 
     @staticmethod
     def of(rows: Sequence[Row], count: int) -> "Sums":
@@ -49,17 +59,20 @@ class Sums(NamedTuple):
         terms = [j for j in range(count) if any(row[j] for row in fresh)] or [0]
         blend = Blend([[row[j] for j in terms] for row in fresh]) if fresh else None
         picks = [count + fresh.index(row) if (j := unit(row)) is None else j for row in rows]
-        return Sums(blend, tuple(terms), tuple(picks))
+        return Sums(blend, picker(terms), picker(picks), picks[0] >= count)
 
-    def __call__(self, pool: list[Tensor], quick: bool) -> tuple[list[Tensor], bool]:
+    def __call__(self, pool: list[Tensor], quick: bool) -> tuple[tuple[Tensor, ...], bool]:
         """Return the sums of what is in the pool, and whether the first is known to be finite."""
-        if self.blend is None:
-            return [pool[i] for i in self.picks], False
-        given = [pool[j] for j in self.terms]
-        fresh, finite = self.blend.fast(given) if quick else (self.blend.plain(given), False)
-        finite = finite and self.picks[0] >= len(pool)
-        pool += fresh
-        return [pool[i] for i in self.picks], finite
+        blend, terms, picks, fresh = self
+        if blend is None:
+            return picks(pool), False
+        made, finite = blend.fast(terms(pool)) if quick else (blend.plain(terms(pool)), False)
+        return picks(pool + made), finite and fresh
+
+
+def picker(places: Sequence[int]) -> Pick:
+    """Return what takes the items at some places out of a list."""
+    return itemgetter(*places) if len(places) > 1 else lambda items: (items[places[0]],)
 
 
 def unit(row: Row) -> int | None:
@@ -75,11 +88,29 @@ class Ask(NamedTuple):
 
 
 class Move(NamedTuple):
-    """A step: what is asked and which noise is drawn, in order; the sums x, x0 and memory; and memory's numbers."""
+    """A step: what is asked and which noise is drawn, in order; the sums x, memory and maybe x0; memory's numbers."""
 
     events: tuple[Ask | int, ...]
     ends: Sums
     numbers: Row
+
+
+class Route(NamedTuple):
+    """A run's steps.
+
+    Arguments:
+        steps: The steps.
+        times: Where each ends.
+        asked: When something is asked, in order.
+        tensors: The names of the tensors in memory.
+        numbers: The names of the numbers in memory.
+    """
+
+    steps: tuple[Move, ...]
+    times: Row
+    asked: Row
+    tensors: tuple[str, ...]
+    numbers: tuple[str, ...]
 
 
 # Recording -----------------------------------------------------------------------------------------
@@ -157,8 +188,8 @@ class Start(NamedTuple):
 
 @lru_cache(maxsize=16)
 def moves(
-    sampler: Sampler, schedule: Schedule, prediction: Prediction | None, grid: Row, start: Start
-) -> tuple[Move, ...] | None:
+    sampler: Sampler, schedule: Schedule, prediction: Prediction | None, grid: Row, start: Start, previews: bool = True
+) -> Route | None:
     """Return the steps along a grid, or None where they are no finite sums.
 
     Arguments:
@@ -167,7 +198,20 @@ def moves(
         prediction: What the network's output means; None to be given the denoiser's estimates.
         grid: The times.
         start: Where the run begins.
+        previews: Whether a step makes x0, even where nothing comes of it.
     """
+    with torch.inference_mode(False), torch.no_grad():
+        steps = record(sampler, schedule, prediction, grid, start, previews)
+    if steps is None:
+        return None
+    asked = tuple(event.time for step in steps for event in step.events if isinstance(event, Ask))
+    return Route(steps, grid[1:], asked, start.tensors, tuple(name for name, _ in start.numbers))
+
+
+def record(
+    sampler: Sampler, schedule: Schedule, prediction: Prediction | None, grid: Row, start: Start, previews: bool
+) -> tuple[Move, ...] | None:
+    """Return the steps along a grid, taken on unit vectors, or None where they are no finite sums."""
     found, numbers, tape = [], dict(start.numbers), Tape()
     if prediction is None:
         denoiser: Denoiser = UnknownEstimate(tape, schedule)
@@ -183,7 +227,8 @@ def moves(
             end = sampler.step(denoiser, state, s, UnknownNoise([0], tape), len(grid) - 2 - j)
         except UsageError:
             return None  # the step itself will say so when its turn comes
-        rows = [row_of(y) for y in (end.x, end.x0, *(end.memory[name] for name in start.tensors))]
+        due = [end.x, *(end.memory[name] for name in start.tensors), *[end.x0] * previews]
+        rows = [row_of(y) for y in due]
         if not all(math.isfinite(sum(row)) for row in rows):
             return None
         numbers = {name: end.memory[name].item() for name in numbers}
@@ -199,7 +244,7 @@ def one(value: float) -> Tensor:
 # Running -------------------------------------------------------------------------------------------
 
 
-def recorded(sampler: Sampler, denoiser: Denoiser, state: State, grid: Tensor) -> tuple[Move, ...] | None:
+def recorded(sampler: Sampler, denoiser: Denoiser, state: State, grid: Tensor, previews: bool = True) -> Route | None:
     """Return the steps of a run along a grid, (N + 1,) or (B, N + 1), or None where each is to be worked out anew.
 
     They are numbers where the sampler is linear and all samples go the same way from the same past.
@@ -207,7 +252,8 @@ def recorded(sampler: Sampler, denoiser: Denoiser, state: State, grid: Tensor) -
     x, memory = state.x, state.memory
     if not sampler.linear or x.ndim < 2 or not len(x) or traced() or torch.compiler.is_compiling():
         return None
-    tensors = names_of(state)
+    # The names of what is kept of past samples, in an order that a state's being saved does not change.
+    tensors = tuple(sorted(name for name, value in memory.items() if value.shape == x.shape))
     others = {name: value for name, value in memory.items() if name not in tensors}
     if any(value.shape != state.t.shape for value in others.values()):
         return None
@@ -215,13 +261,7 @@ def recorded(sampler: Sampler, denoiser: Denoiser, state: State, grid: Tensor) -
         return None
     start = Start(int(state.k[0]), tensors, tuple((name, value[0].item()) for name, value in others.items()))
     times = tuple((grid if grid.ndim == 1 else grid[0]).tolist())
-    with torch.inference_mode(False), torch.no_grad():
-        return moves(sampler, denoiser.schedule, prediction_of(denoiser), times, start)
-
-
-def names_of(state: State) -> tuple[str, ...]:
-    """Return the names of what is kept of past samples, in an order that a state's being saved does not change."""
-    return tuple(sorted(name for name, value in state.memory.items() if value.shape == state.x.shape))
+    return moves(sampler, denoiser.schedule, prediction_of(denoiser), times, start, previews)
 
 
 def same(rows: Tensor) -> bool:
@@ -237,36 +277,38 @@ def prediction_of(denoiser: Denoiser) -> Prediction | None:
     return None if watched else denoiser.prediction
 
 
-def walk(
-    steps: Sequence[Move], denoiser: Denoiser, state: State, grid: Tensor, noise: Noise
-) -> Iterator[tuple[State, bool]]:
-    """Yield the state after each of some recorded steps, and whether its x is known to be finite."""
-    names = names_of(state)
-    numbers = [name for name in state.memory if name not in names]
+def walk(route: Route, denoiser: Denoiser, state: State, noise: Noise) -> Iterator[tuple[State, bool]]:
+    """Yield the state after each step of a route, and whether its x is known to be finite."""
     like = torch.empty_like(state.x)
-    pool = [alike(y, like) for y in (state.x, *(state.memory[name] for name in names))]
+    pool = [alike(y, like) for y in (state.x, *(state.memory[name] for name in route.tensors))]
     quick, count, answer = fast(like, dtypes=(torch.float32,)), len(like), answers(denoiser, like)
-    to = grid.reshape(-1, grid.shape[-1])[:1, 1:].T.expand(-1, count).unbind()
-    k = (state.k + torch.arange(1, len(steps) + 1)[:, None]).unbind()
-    rows, times = table([step.numbers for step in steps], count), iter(asked_at(steps, denoiser, like))
-    switch = torch._C._set_grad_enabled
-    for step, t, n, row in zip(steps, to, k, rows, strict=True):
-        gradients = torch.is_grad_enabled()
+    times, taken, kept = clocks(route.asked, denoiser, like), int(state.k[0]), len(pool)
+    switch, gradients_on = torch._C._set_grad_enabled, torch.is_grad_enabled
+    for j, (events, ends, _) in enumerate(route.steps):
+        gradients = gradients_on()
         switch(False)  # what torch.no_grad does, in a tenth of its time
         try:
-            for event in step.events:
+            for event in events:
                 if isinstance(event, int):
                     pool.append(alike(noise.like(like, [event] * count), like))
                 else:
-                    at = event.at
-                    x = pool[at.picks[0]] if at.blend is None else at(pool.copy(), quick)[0][0]
+                    ((x,), _) = event.at(pool, quick)
                     pool += answer(x, next(times))
-            (x, x0, *past), finite = step.ends(pool, quick)
+            made, finite = ends(pool, quick)
         finally:
             switch(gradients)
-        pool = [x, *past]
-        memory = dict(zip(names, past, strict=True)) | dict(zip(numbers, row, strict=True)) if names else {}
-        yield State(x, t, n, x0, memory), finite
+        pool = list(made[:kept])
+        yield State.later(made[0], partial(after, route, j, taken + j + 1, made)), finite
+
+
+def after(route: Route, j: int, k: int, made: tuple[Tensor, ...]) -> State:
+    """Return the state after step j of a route, the k-th of the samples', of what it made."""
+    (x, *past), count = made[: 1 + len(route.tensors)], len(made[0])
+    with torch.inference_mode(False):
+        numbers = (torch.full((count,), number, dtype=torch.float64) for number in route.steps[j].numbers)
+        memory = dict(zip(route.tensors, past, strict=True)) | dict(zip(route.numbers, numbers, strict=True))
+        t, steps = torch.full((count,), route.times[j], dtype=torch.float64), torch.full((count,), k)
+        return State(x, t, steps, made[-1] if len(made) > 1 + len(past) else torch.zeros_like(x), memory)
 
 
 def answers(denoiser: Denoiser, like: Tensor) -> Callable[[Tensor, Tensor], list[Tensor]]:
@@ -287,16 +329,19 @@ def answers(denoiser: Denoiser, like: Tensor) -> Callable[[Tensor, Tensor], list
     return ask
 
 
-def asked_at(steps: Sequence[Move], denoiser: Denoiser, like: Tensor) -> Sequence[Tensor]:
+def clocks(times: Row, denoiser: Denoiser, like: Tensor) -> Iterator[Tensor]:
     """Return the times (B,) of all that is asked, in order, as it is to be given them."""
-    times = [event.time for step in steps for event in step.events if isinstance(event, Ask)]
     dtype = torch.float64 if prediction_of(denoiser) is None else like.dtype
-    return torch.tensor(times, dtype=torch.float64).to(like.device, dtype)[:, None].repeat(1, len(like)).unbind()
+    every, each = columns_of(times, len(like), dtype, like.device)
+    if every._version:  # a network has written into what it was given
+        columns_of.cache_clear()
+        return clocks(times, denoiser, like)
+    return iter(each)
 
 
-def table(rows: Sequence[Row], count: int) -> list[Sequence[Tensor]]:
-    """Return numbers, some for each step, as tensors (B,) of one for each sample."""
-    if not rows[0]:
-        return [()] * len(rows)
-    numbers = torch.tensor(rows, dtype=torch.float64)[:, :, None].repeat(1, 1, count)
-    return [row.unbind() for row in numbers.unbind()]
+@lru_cache(maxsize=16)
+def columns_of(times: Row, count: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Return numbers as one tensor (N, B), and each of them as a view of it (B,)."""
+    with torch.inference_mode(False):
+        every = torch.tensor(times, dtype=torch.float64).to(device, dtype)[:, None].repeat(1, count)
+        return every, every.unbind()

@@ -1,5 +1,7 @@
 """Recorded steps: the sampler's own, to rounding, on any schedule, prediction and grid; paused, resumed, failing."""
 
+import copy
+import pickle
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -131,6 +133,45 @@ def test_a_run_cut_anywhere_goes_on_with_the_same_bits(name):
         one = half.rows([2])
         *_, alone = run(sampler, denoiser, one, grid[k:], noise.rows([2]))
         assert torch.equal(alone.x[0], whole[-1].x[2])
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_without_previews_all_else_has_the_same_bits(name):
+    sampler, denoiser, noise = LINEAR[name], make("linear", "v"), Noise([0, 1, 2])
+    grid = grids["trailing"](denoiser.schedule, 7)
+    both = [list(run(sampler, denoiser, begun(sampler, denoiser, grid), grid, noise, p)) for p in (True, False)]
+    for with_it, without in zip(*both, strict=True):
+        assert not bool(without.x0.any())
+        assert torch.equal(without.x, with_it.x)
+        assert torch.equal(without.t, with_it.t)
+        assert torch.equal(without.k, with_it.k)
+        assert without.memory.keys() == with_it.memory.keys()
+        assert all(torch.equal(value, with_it.memory[key]) for key, value in without.memory.items())
+
+
+def test_a_state_is_copied_and_pickled_as_its_tensors():
+    sampler, denoiser, noise = LINEAR["dpmpp-3m"], make("linear", "v"), Noise([0, 1, 2])
+    grid = grids["trailing"](denoiser.schedule, 6)
+    states = list(run(sampler, denoiser, begun(sampler, denoiser, grid), grid, noise))
+    for again in (pickle.loads(pickle.dumps(states[2])), copy.deepcopy(states[2]), replace(states[2])):
+        *_, last = run(sampler, denoiser, again, grid[3:], noise)
+        assert torch.equal(last.x, states[-1].x)
+    with pytest.raises(AttributeError, match="a state has no y"):
+        _ = states[2].y
+
+
+def test_a_network_that_writes_into_its_time_is_told_the_right_one_in_the_next_run():
+    class Writing(torch.nn.Module):
+        def forward(self, x, time):
+            told.append(time.clone())
+            time.zero_()
+            return torch.tanh(x)
+
+    told, denoiser = [], NetworkDenoiser(Writing(), SCHEDULES["linear"], "v")
+    grid = grids["trailing"](denoiser.schedule, 5)
+    for _ in range(2):
+        list(run(DDIM(), denoiser, begun(DDIM(), denoiser, grid), grid, Noise([0, 1, 2])))
+    assert torch.equal(torch.stack(told[:5]), torch.stack(told[5:]))
 
 
 def test_rows_that_go_different_ways_take_their_own_steps():
