@@ -142,7 +142,7 @@ def tune(model: Model | Path | str, steps: int | Sequence[int], store: bool = Tr
     solvers = tune_model(found, [steps] if isinstance(steps, int) else list(steps), **options)
     if store and not isinstance(model, Model):
         store_solvers(model, solvers)
-    return Model(found.denoiser, with_solvers(found.card, solvers), found.source, found.origin, found.warnings)
+    return found.with_card(with_solvers(found.card, solvers))
 
 
 def make_config(options: Mapping[str, Any]) -> Any:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from copy import copy
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
@@ -115,6 +116,12 @@ class Model:
         if self._digest is None or self._digest[0] != version:
             self._digest = version, weights_digest(state)
         return self._digest[1]
+
+    def with_card(self, card: Card) -> "Model":
+        """Return the same model, of the same parts, under another card."""
+        other = copy(self)
+        other.card = card
+        return other
 
     def keep_identity(self) -> None:
         """Remember the weights' sha256 and number: they are about to be laid out otherwise."""

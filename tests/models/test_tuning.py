@@ -9,7 +9,8 @@ import reverie as rv
 from reverie.base.errors import UsageError
 from reverie.models.automatic import choose
 from reverie.models.builders import build
-from reverie.models.card import Card, FittedSolver, NetworkSpec, SamplingDefaults, ScheduleSpec
+from reverie.models.card import Card, CodecSpec, FittedSolver, NetworkSpec, SamplingDefaults, ScheduleSpec
+from reverie.models.codec import build_codec
 from reverie.models.model import Model
 from reverie.models.pictures import write_pictures
 from reverie.models.rewrite import store_solvers, with_solvers
@@ -120,3 +121,13 @@ def test_from_python(model):
     own = rv.tune(model, 2, samples=4, walks=2, rounds=1)
     assert [solver.steps for solver in own.card.sampling.fitted] == [2]
     assert model.card.sampling.fitted == ()
+    assert (own.denoiser, own.digest, own.source) == (model.denoiser, model.digest, model.source)
+
+
+def test_a_tuned_model_of_latents_still_has_its_codec(make):
+    codec = build_codec(CodecSpec(config={"channels": [8, 8], "latent_channels": 4}))
+    model = make({"in_channels": 4}, shape=(4, 8, 8))
+    model.codec = codec
+    own = rv.tune(model, 2, samples=4, walks=2, rounds=0)
+    assert own.codec is codec
+    assert own.sample(1, steps=2).images.shape == (1, 3, 16, 16)
