@@ -126,7 +126,7 @@ def test_from_python(model):
 
 def test_a_tuned_model_of_latents_still_has_its_codec(make):
     codec = build_codec(CodecSpec(config={"channels": [8, 8], "latent_channels": 4}))
-    model = make({"in_channels": 4}, shape=(4, 8, 8))
+    model = make({"in_channels": 4}, shape=(4, 8, 8), schedule=ScheduleSpec(name="cosine"))
     model.codec = codec
     own = rv.tune(model, 2, samples=4, walks=2, rounds=0)
     assert own.codec is codec
