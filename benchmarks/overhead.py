@@ -9,8 +9,8 @@ time that the network is asked (Heun's rule asks twice a step).
 Ours is the whole loop of `run`, divided by that: its start, the call of the network, the prediction's conversion, the
 step, the check for finite numbers; previews where --previews asks for them. Theirs is scale_model_input and step, as
 their pipelines call them, without a network, and without previews. The first run of each is left out: ours works out
-its steps then (the column "first"), and theirs builds its tables in set_timesteps, which is not timed either. Medians of
-runs that alternate. "draw" is what of ours is a draw of the noise, by itself; theirs draws by torch.randn.
+its steps then (the column "first"), and theirs builds its tables in set_timesteps, which is not timed either. Medians
+of runs that alternate. "draw" is what of ours is a draw of the noise, by itself; theirs draws by torch.randn.
 """
 
 import argparse

@@ -34,11 +34,9 @@ from report import machine, table, versions
 from solver_peers import Solve, diffusers_solvers, k_diffusion_solvers
 from torch import Tensor
 
-from reverie.base.randomness import normal
 from reverie.diffusion.denoisers import Denoiser
 from reverie.diffusion.grids import uniform_log_snr
-from reverie.diffusion.oracle_stack import MixtureStack
-from reverie.diffusion.oracles import random_mixture
+from reverie.diffusion.oracle_stack import random_stack
 from reverie.diffusion.polish import follow
 from reverie.diffusion.recipes import general
 from reverie.diffusion.runge_kutta_pair import integrate
@@ -46,7 +44,7 @@ from reverie.diffusion.samplers.learned import Recipe, as_recipe
 from reverie.diffusion.samplers.unipc import UniPC
 from reverie.diffusion.schedules import Schedule
 from reverie.diffusion.schedules import table as make_table
-from reverie.diffusion.starts import between, bounded, sensitivity, two_ends
+from reverie.diffusion.starts import stages
 from reverie.diffusion.trajectories import Trajectories, trajectories
 from reverie.diffusion.tuning import judged, published, tune
 
@@ -73,7 +71,7 @@ class Starts:
     def __init__(
         self, dimension: int, seeds: tuple[int, ...], count: int, purpose: str, folder: Path | None = None
     ) -> None:
-        self.denoiser, self.x = stacked(dimension, seeds, count, purpose)
+        self.denoiser, self.x = random_stack(dimension, seeds, count, make_table("linear"), purpose)
         self.dimension = dimension
         kept = None if folder is None else folder / f"truth-{purpose}-{dimension}-{len(self.x)}.pt"
         if kept is not None and kept.exists():
@@ -92,31 +90,6 @@ class Starts:
     def to_fit(self) -> Trajectories:
         """Return the trajectories, as `tune` takes them."""
         return dataclasses.replace(trajectories(self.denoiser, self.x), end=self.truth, numbers=self.dimension)
-
-
-def stacked(dimension: int, seeds: tuple[int, ...], count: int, purpose: str) -> tuple[MixtureStack, Tensor]:
-    """Return some mixtures as one, and so many starts of each."""
-    drawn = [normal((count, dimension), seed, purpose).double() for seed in seeds]
-    mixtures = [random_mixture(dimension, seed, make_table("linear")) for seed in seeds]
-    folded = [mixture.folded(x) for mixture, x in zip(mixtures, drawn, strict=True)]
-    return MixtureStack([mixture for mixture, _ in folded]), torch.cat([x for _, x in folded])
-
-
-def stages(dimension: int, purpose: str, count: int) -> list[list[Trajectories]]:
-    """Return what a solver is polished on, so many times: starts drawn evenly, and others between two ends."""
-    denoiser, x = stacked(dimension, TUNED_ON, POOL, purpose)
-    sensitive, offset = sensitivity(denoiser, x), POOL * torch.arange(len(TUNED_ON))[:, None]
-
-    def ends(rows: Tensor, scale: Tensor | None) -> Trajectories:
-        return two_ends(denoiser, x[rows], None if scale is None else scale[rows], EXACT, dimension)
-
-    return [
-        [
-            ends((offset + TRAINING * k + torch.arange(TRAINING)).flatten(), None),
-            ends(between(sensitive, TRAINING, k, len(TUNED_ON)), bounded(sensitive)),
-        ]
-        for k in range(count)
-    ]
 
 
 def exact(denoiser: Denoiser, x: Tensor) -> Tensor:
@@ -170,7 +143,12 @@ class Lessons:
     def of(dimension: int) -> "Lessons":
         """Return those of the mixtures that are tuned on."""
         walked = Starts(dimension, TUNED_ON, TRAINING // 2, "walking").to_fit()
-        return Lessons(walked, stages(dimension, "tuning", STAGES), stages(dimension, "choosing", 1)[0])
+        fitting, judging = (
+            stages(*random_stack(dimension, TUNED_ON, POOL, make_table("linear"), purpose), len(TUNED_ON), dimension,
+                   [TRAINING] * count, EXACT)
+            for purpose, count in (("tuning", STAGES), ("choosing", 1))
+        )  # fmt: skip
+        return Lessons(walked, fitting, judging[0])
 
 
 def tuned_recipe(lessons: Lessons, evaluations: int, options: argparse.Namespace) -> Recipe:

@@ -3,63 +3,88 @@
     python tools/fit_recipes.py --schedules linear,cosine
 
 They are fitted, by reverie.diffusion.tuning, to mixtures of Gaussians that are drawn by seeds which nothing else uses;
-no network is among them. There are three for each schedule and number of steps: for samples of fewer than 16 numbers,
-of fewer than 2048, and of more. On mixtures that it was not fitted to, a new solver is set beside the one that the file
-has and beside published ones, and the best of them is kept. What is not named stays as it is.
+no network is among them. There are four for each schedule and number of steps: for samples of fewer than 16 numbers,
+of fewer than 40, of fewer than 2048, and of more. As in `tune`, half of the starts lie between two ends
+(reverie.diffusion.starts). On mixtures that it was not fitted to, a new solver is set beside the one that the file has
+and beside published ones, and the best of them is kept. What is not named stays as it is.
 """
 
 import argparse
 import json
+import math
 import time
 from collections.abc import Sequence
-from itertools import product
+from dataclasses import replace
+from itertools import chain, pairwise, product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from starts import Pool, make_pool
+from jaxtyping import Float
+from torch import Tensor
 
+from reverie.diffusion.grids import uniform_log_snr
+from reverie.diffusion.levels import levels
+from reverie.diffusion.oracle_stack import random_stack
 from reverie.diffusion.polish import attempt, polish
 from reverie.diffusion.recipes import FILE, of_row
 from reverie.diffusion.registry import schedules
+from reverie.diffusion.samplers.exponential import step_weights
 from reverie.diffusion.samplers.learned import Recipe
-from reverie.diffusion.trajectories import Trajectories
-from reverie.diffusion.tuning import published, tune
+from reverie.diffusion.schedules import Schedule
+from reverie.diffusion.starts import stages
+from reverie.diffusion.trajectories import Trajectories, trajectories
+from reverie.diffusion.tuning import PAST, judged, published, tune
 
-STEPS = (
-    5,
-    10,
-    20,
-    15,
-    8,
-    6,
-    4,
-    3,
-    2,
-    1,
-    7,
-    9,
-    12,
-    11,
-    13,
-    14,
-    16,
-    18,
-)  # with more, published ones are as good, or better
-DIMENSIONS = {"points": (2, 4), "small": (16, 64), "large": (768, 3072)}
-FIRST_SEED, MIXTURES, STARTS = 1_000_000, 6, 2000
-TEST_SEED, TEST_MIXTURES, TEST_STARTS = 2_000_000, 6, 500
-FIRST, MORE = 64, 96  # starts of each mixture, for the first fit and for polishing it
-FINE = 128
+STEPS = (5, 10, 20, 15, 8, 6, 4, 3, 2, 1, 7, 9, 12, 11, 13, 14, 16, 18, 50, 30)
+DIMENSIONS = {"points": (2, 4), "few": (16,), "small": (64,), "large": (768, 3072)}
+FIRST_SEED, TEST_SEED, MIXTURES, POOL = 1_000_000, 2_000_000, 6, 2000  # seeds of the mixtures; starts of each
+FIRST, MORE, TEST = 64, 96, 500  # starts of each, drawn evenly: to walk along, to polish on in a stage, to judge by
+EXACT = 300  # steps of the exact solutions
 WALKS, ROUNDS, STAGES = 10, 12, 2
+MANY = 20  # steps, above which published solvers are polished and no grids are walked
 
 
-def fit(pools: Sequence[Pool], first: Sequence[Trajectories], steps: int) -> Recipe:
-    """Return a solver fitted to some starts, then polished on others that are drawn for where it goes wrong."""
-    recipe, _ = tune(first, steps, WALKS, ROUNDS)
-    for _ in range(STAGES):
-        recipe, _ = polish([pool.draw(MORE, recipe) for pool in pools], recipe, ROUNDS)
+class Lessons(NamedTuple):
+    """What solvers of one size are fitted to and judged by: one of each for each dimension."""
+
+    walked: list[Trajectories]
+    stages: list[list[Trajectories]]
+    judging: list[Trajectories]
+
+    @staticmethod
+    def of(schedule: Schedule, dimensions: Sequence[int]) -> "Lessons":
+        """Return those of a schedule."""
+        walked, fitting, judging = [], [], []
+        for d in dimensions:
+            stack, x = random_stack(d, range(FIRST_SEED, FIRST_SEED + MIXTURES), POOL, schedule, "recipes")
+            first = x.reshape(MIXTURES, POOL, -1)[:, -FIRST:].flatten(0, 1)  # which no stage draws evenly
+            walked.append(replace(trajectories(stack, first), numbers=d))
+            fitting.append(stages(stack, x, MIXTURES, d, [MORE] * STAGES, EXACT))
+            stack, x = random_stack(d, range(TEST_SEED, TEST_SEED + MIXTURES), POOL, schedule, "recipes")
+            judging += stages(stack, x, MIXTURES, d, [TEST], EXACT)[0]
+        return Lessons(walked, [list(chain(*stage)) for stage in zip(*fitting, strict=True)], judging)
+
+
+def fit(lessons: Lessons, steps: int, known: Sequence[Recipe]) -> Recipe:
+    """Return a solver fitted to some starts, then polished on others; of many steps, the best of those known is."""
+    if steps <= MANY:
+        return tune(lessons.walked, steps, WALKS, ROUNDS, more=known, stages=lessons.stages)[0]
+    recipe = judged(lessons.stages[0], list(known))[0][0]
+    for stage in lessons.stages:
+        recipe, _ = polish(stage, recipe, ROUNDS)
     return recipe
+
+
+def adams(schedule: Schedule, grid: Float[Tensor, " n"], order: int) -> Recipe:
+    """Return the exponential Adams-Bashforth rule of an order (exponential.py, 1 and 3) as a recipe."""
+    lam = [level.lam for level in levels(schedule, grid.tolist())]
+    rows = []
+    for k, (here, there) in enumerate(pairwise(lam)):
+        past = lam[max(k - order + 1, 0) : k] if there < math.inf else []
+        weights = step_weights(here, there, tuple(reversed(past)), 0.0, "exact")
+        rows.append(tuple(weight / -math.expm1(here - there) for weight in weights))
+    return Recipe(tuple(lam[:-1]), tuple(rows))
 
 
 def rounded(recipe: Recipe) -> dict[str, Any]:
@@ -81,19 +106,19 @@ def main() -> None:
     torch.set_grad_enabled(False)
     for name, size in product(options.schedules.split(","), options.sizes.split(",")):
         began, schedule = time.perf_counter(), schedules[name]()
-        seeds = range(FIRST_SEED, FIRST_SEED + MIXTURES)
-        pools = [make_pool(d, seeds, STARTS, schedule, "recipes") for d in DIMENSIONS[size]]
-        first = [pool.draw(FIRST, fine=FINE) for pool in pools]
-        seeds = range(TEST_SEED, TEST_SEED + TEST_MIXTURES)
-        test = [make_pool(d, seeds, TEST_STARTS, schedule, "recipes").everything for d in DIMENSIONS[size]]
+        lessons = Lessons.of(schedule, DIMENSIONS[size])
         for steps in map(int, options.steps.split(",")):
             table = json.loads(options.out.read_text()) if options.out.exists() else {}
             rows = table.setdefault(name, {}).setdefault(size, {})
-            candidates = {"fitted": fit(pools, first, steps)}
-            candidates |= {f"published {i}": recipe for i, recipe in enumerate(published(first, steps))}
+            candidates = {f"published {i}": recipe for i, recipe in enumerate(published(lessons.judging, steps))}
+            if steps > MANY:
+                candidates["adams"] = adams(schedule, uniform_log_snr(schedule, steps), PAST + 1)
             if str(steps) in rows:
                 candidates["kept"] = of_row(rows[str(steps)])
-            errors = {word: found[1] for word, recipe in candidates.items() if (found := attempt(test, recipe))}
+            candidates["fitted"] = fit(lessons, steps, list(candidates.values()))
+            errors = {
+                word: found[1] for word, recipe in candidates.items() if (found := attempt(lessons.judging, recipe))
+            }
             best = min(errors, key=lambda word: errors[word])
             rows[str(steps)] = rounded(candidates[best])
             options.out.write_text(json.dumps(table, separators=(",", ":")) + "\n")

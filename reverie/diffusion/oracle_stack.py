@@ -16,8 +16,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from reverie.base.errors import UsageError
+from reverie.base.randomness import normal
 from reverie.diffusion.denoisers import Condition, Denoiser, Estimate, Times
-from reverie.diffusion.oracles import RoundMixture, refuse
+from reverie.diffusion.oracles import RoundMixture, random_mixture, refuse
+from reverie.diffusion.schedules import Schedule
 
 
 class Shares(NamedTuple):
@@ -94,3 +96,27 @@ class MixtureStack(Denoiser):
         distance = distance + alpha.square() * means.square().sum(2)[:, None]
         density = -0.5 * (distance * precision - self.numbers * precision.log())
         return Shares(rows, alpha, sigma, precision, (self.get_buffer("log_weights") + density).softmax(2))
+
+
+def random_stack(
+    dimension: int, seeds: Sequence[int], count: int, schedule: Schedule, purpose: str
+) -> tuple[MixtureStack, Float[Tensor, "b d"]]:
+    """Return random mixtures as one, and for each as many starts at t = 1, all folded (RoundMixture.folded).
+
+    Arguments:
+        dimension: The dimension.
+        seeds: The mixtures' seeds.
+        count: Starts of each.
+        schedule: Their schedule.
+        purpose: What the starts are drawn for.
+
+    Example:
+        >>> from reverie.diffusion.schedules import Flow
+        >>> stack, x = random_stack(3072, (0, 1), 5, Flow(), "example")
+        >>> x.shape
+        torch.Size([10, 11])
+    """
+    scale = float(schedule.prior_std(torch.ones(1, dtype=torch.float64)))
+    drawn = [scale * normal((count, dimension), seed, purpose).double() for seed in seeds]
+    folded = [random_mixture(dimension, seed, schedule).folded(x) for seed, x in zip(seeds, drawn, strict=True)]
+    return MixtureStack([mixture for mixture, _ in folded]), torch.cat([x for _, x in folded])

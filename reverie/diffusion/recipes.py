@@ -17,7 +17,8 @@ from reverie.diffusion.samplers.learned import Recipe
 from reverie.diffusion.schedules import Schedule
 
 FILE = Path(__file__).with_suffix(".json")
-SIZES = (("points", 16), ("small", 2048), ("large", math.inf))  # below how many numbers a sample counts as such
+# Below how many numbers a sample counts as such.
+SIZES = (("points", 16), ("few", 40), ("small", 2048), ("large", math.inf))
 SAME = 0.02  # in lambda: how near a schedule's ends must be to those of the one that was fitted
 
 
@@ -43,12 +44,12 @@ def general(schedule: Schedule, steps: int, numbers: int) -> Recipe | None:
         >>> general(schedules["linear"](), 8, 64).steps, general(schedules["linear"](), 777, 64)
         (8, None)
     """
-    size = next(size for size, below in SIZES if numbers < below)
+    wanted = [size for size, below in SIZES if numbers < below]
+    # What has none for points, or for few, was fitted when those were among the small ones.
+    usable = wanted[: wanted.index("small") + 1] if "small" in wanted else wanted[:1]
     for name, sizes in table().items():
         if alike(schedule, name):
-            # What has none for points was fitted when those were among the small ones.
-            row = sizes.get(size, {}).get(str(steps)) or (size == "points" and sizes["small"].get(str(steps)))
-            return of_row(row) if row else None
+            return next((of_row(row) for size in usable if (row := sizes.get(size, {}).get(str(steps)))), None)
     return None
 
 

@@ -17,6 +17,8 @@ References:
     https://doi.org/10.1002/9781118631980
 """
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
@@ -39,7 +41,7 @@ def solved(denoiser: Denoiser, x: Data, steps: int) -> Data:
     """Return where noise x (M, *D) at t = 1 ends, by DPM-Solver++(3M) in so many steps uniform in lambda."""
     sampler = DPMpp3M()
     grid = uniform_log_snr(denoiser.schedule, steps)
-    *_, last = run(sampler, denoiser, sampler.init(x, 1.0), grid, Noise(range(len(x))))
+    *_, last = run(sampler, denoiser, sampler.init(x, 1.0), grid, Noise(range(len(x))), previews=False)
     return last.x
 
 
@@ -106,3 +108,26 @@ def two_ends(
     known = levels(schedule, uniform_log_snr(schedule, steps)[:-1].tolist())
     scale = torch.empty(0) if sensitive is None else sensitive
     return Trajectories(denoiser, known, x[None], x[None], solved(denoiser, x, steps), numbers=numbers, scale=scale)
+
+
+def stages(
+    denoiser: Denoiser, x: Data, groups: int, numbers: int, counts: Sequence[int], steps: int = FINE
+) -> list[list[Trajectories]]:
+    """Return what a solver is polished on in each of some stages: starts drawn evenly, and as many between two ends.
+
+    Arguments:
+        denoiser: The model.
+        x: Noise (M, *D) at t = 1 to draw from, so many groups of as many each.
+        groups: The groups.
+        numbers: How many numbers a sample has.
+        counts: How many are drawn evenly of each group, stage by stage; no start is drawn so in two.
+        steps: Steps of the exact solutions.
+    """
+    sensitive, offset = sensitivity(denoiser, x), len(x) // groups * torch.arange(groups)[:, None]
+    found, first = [], 0
+    for stage, count in enumerate(counts):
+        even = (offset + first + torch.arange(count)).flatten()
+        rows, first = between(sensitive, count, stage, groups), first + count
+        border = two_ends(denoiser, x[rows], bounded(sensitive)[rows], steps, numbers)
+        found.append([two_ends(denoiser, x[even], None, steps, numbers), border])
+    return found

@@ -5,7 +5,7 @@ import torch
 
 from reverie.base.errors import UsageError
 from reverie.base.randomness import normal
-from reverie.diffusion.oracle_stack import MixtureStack
+from reverie.diffusion.oracle_stack import MixtureStack, random_stack
 from reverie.diffusion.oracles import random_mixture
 from reverie.diffusion.registry import schedules
 
@@ -57,6 +57,19 @@ def test_folded_keeps_each_estimate_and_distance():
     second = [m(0.4 * a + 0.6 * e.x0, t / 2).x0 for m, a, e in ((mixture, x, wide), (small, y, narrow))]
     torch.testing.assert_close(second[0].norm(dim=1), second[1].norm(dim=1), rtol=1e-10, atol=0)
     assert random_mixture(2, 0, schedule).folded(x[:, :2])[1].shape == (5, 2)  # nothing to gain
+
+
+def test_a_random_stack_starts_where_sampling_does():
+    """With a schedule's own noise, of each mixture by its seed, whatever the others are."""
+    schedule = schedules["edm"]()
+    stack, x = random_stack(50, (3, 4), 400, schedule, "test stack")
+    assert x.shape == (800, 11)
+    size = (x.square().sum(1) / 50).sqrt()  # of the whole of it: folding keeps lengths
+    assert size.mean().item() == pytest.approx(80, rel=0.01)
+    alone, y = random_stack(50, (4,), 400, schedule, "test stack")
+    assert torch.equal(y, x[400:])
+    t = torch.full((400,), 0.5, dtype=F64)
+    torch.testing.assert_close(alone(y, t).x0, stack(x, t.repeat(2)).x0[400:], rtol=1e-12, atol=1e-12)
 
 
 def test_what_is_no_stack_is_refused():

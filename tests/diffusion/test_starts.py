@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from reverie.base.randomness import normal
-from reverie.diffusion.oracle_stack import MixtureStack
+from reverie.diffusion.oracle_stack import MixtureStack, random_stack
 from reverie.diffusion.oracles import Mixture, random_mixture
 from reverie.diffusion.polish import follow, polish, squares
 from reverie.diffusion.registry import schedules
-from reverie.diffusion.starts import LEAST, between, bounded, sensitivity, solved, two_ends
+from reverie.diffusion.starts import LEAST, between, bounded, sensitivity, solved, stages, two_ends
 from reverie.diffusion.trajectories import trajectories
 from reverie.diffusion.tuning import published
 
@@ -65,6 +65,21 @@ def test_two_ends_are_those_of_the_trajectories_and_errors_are_divided():
     wrong = whole.end + 1
     assert squares(ends, wrong).tolist() == pytest.approx([1, 0.25, 0.0625, 1, 1, 1])
     assert squares(ends.rows([2, 0]), wrong[[2, 0]]).tolist() == pytest.approx([0.0625, 1])
+
+
+def test_each_stage_has_its_own_even_starts_and_as_many_between_two_ends():
+    stack, x = random_stack(16, (1, 2), 300, schedules["linear"](), "test starts")
+    found = stages(stack, x, 2, 16, [20, 10], 32)
+    rows = x.reshape(2, 300, -1)
+    for (even, border), first, count in zip(found, (0, 20), (20, 10), strict=True):
+        assert torch.equal(even.x[0], rows[:, first : first + count].flatten(0, 1))
+        assert torch.equal(even.end, solved(stack, even.x[0], 32))
+        assert border.x.shape == even.x.shape
+        assert even.scale.tolist() == [1.0] * (2 * count)
+        assert border.scale.median() > 3  # in units of the middle sensitivity of all
+        for part in border.x[0].chunk(2):
+            assert len(torch.unique(part, dim=0)) == count
+        assert (even.numbers, border.numbers) == (16, 16)
 
 
 def test_polished_on_them_as_well_a_solver_errs_less_between_two_ends():
