@@ -142,6 +142,17 @@ def test_what_is_shipped_beats_ddim_where_it_was_not_fitted():
         assert own < ddim / 4
 
 
+def test_between_two_sizes_another_solver_serves():
+    """Of fewer than 40 numbers those of their own, where there are any; else what serves the small ones."""
+    linear, cosine = schedules["linear"](), schedules["cosine"]()
+    assert general(linear, 6, 39) != general(linear, 6, 40)
+    for fewer, more in ((16, 39), (40, 2047)):
+        assert general(linear, 6, fewer) == general(linear, 6, more)
+    assert general(linear, 30, 39) == general(linear, 30, 64)
+    assert general(cosine, 6, 2) == general(cosine, 6, 64) != general(cosine, 6, 3072)
+    assert [general(linear, 50, numbers) is None for numbers in (2, 64, 3072)] == [False, False, True]
+
+
 def test_a_schedule_that_was_not_fitted_has_none():
     assert general(schedules["linear"](timesteps=300), 10, 64) is None
     assert general(schedules["linear"](), 333, 64) is None
