@@ -34,7 +34,7 @@ from reverie.networks.captioned import Captioned
 from reverie.networks.tiny_autoencoder import TinyAutoencoder
 from reverie.networks.unet import UNet
 
-FLOAT32 = ("time_embedding", "class_embedding", "add_embedding", "quant_conv", "post_quant_conv")  # left as they are
+FLOAT32 = ("time_embedding", "class_embedding", "add_embedding", "places", "quant_conv", "post_quant_conv")  # left
 ENDS = ("conv_in", "conv_out")  # computed in float32
 
 

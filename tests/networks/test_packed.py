@@ -14,6 +14,7 @@ from reverie.networks.mlp import MLP, MLPConfig
 from reverie.networks.packed import Packed, pack, packable, tile
 from reverie.networks.tiny_autoencoder import TinyAutoencoder, TinyAutoencoderConfig
 from reverie.networks.unet import UNet, UNetConfig
+from reverie.networks.vq_autoencoder import VQAutoencoder, VQConfig
 
 NEAR = {torch.float32: 1e-5, torch.bfloat16: 0.02}
 
@@ -127,8 +128,10 @@ def test_keys_and_values_of_a_context_are_worked_out_once():
 
 
 @torch.no_grad()
-def test_the_words_encoder_stays_as_it_is():
-    network = filled(Captioned(CaptionedConfig(words={"vocabulary": 9, "length": 4}, unet={"channels": (8, 16)})))
+@pytest.mark.parametrize("unet", [{}, {"positions": True, "patch": 2}], ids=["plain", "places and patches"])
+def test_the_words_encoder_stays_as_it_is(unet):
+    unet = {"channels": (8, 16), **unet}
+    network = filled(Captioned(CaptionedConfig(words={"vocabulary": 9, "length": 4}, unet=unet)))
     tokens = torch.tensor([[1, 2, 0, 0]])
     before, x, t = network.encode(tokens), torch.randn(1, 3, 8, 8), torch.zeros(1)
     wanted = network(x, t, **before)
@@ -145,8 +148,9 @@ def test_the_words_encoder_stays_as_it_is():
     [
         Autoencoder(AutoencoderConfig(channels=(8, 16, 16), latent_channels=4)),
         TinyAutoencoder(TinyAutoencoderConfig(encoder_channels=8, decoder_channels=8)),
+        VQAutoencoder(VQConfig(channels=(8, 16, 16), latent_channels=4, entries=1)),
     ],
-    ids=["kl", "tiny"],
+    ids=["kl", "tiny", "vq"],
 )
 def test_a_packed_autoencoder_is_the_autoencoder(network, dtype):
     network = filled(copy.deepcopy(network))
