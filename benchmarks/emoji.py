@@ -41,6 +41,7 @@ def main() -> None:
     parser.add_argument("--guidance", default="1,2,3,5", help="with commas")
     parser.add_argument("--count", type=int, default=200, help="prompts of each kind")
     parser.add_argument("--sampler", help="the model's own, if not said")
+    parser.add_argument("--speed", choices=("exact", "fast"), default="exact")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--epochs", type=int, default=40, help="of the encoders' training")
     parser.add_argument("--seed", type=int, default=0)
@@ -48,7 +49,7 @@ def main() -> None:
     parser.add_argument("--grid", type=Path)
     parser.add_argument("--grid-guidance", type=float, default=2.0)
     options = parser.parse_args()
-    began, models = time.perf_counter(), {Path(run).name: rv.load(run) for run in options.runs}
+    began, models = time.perf_counter(), {Path(run).name: rv.load(run, speed=options.speed) for run in options.runs}
     splits = {
         (config.held_out, config.seed) for run in options.runs for config in [read_config(Path(run), TrainConfig)]
     }

@@ -158,6 +158,7 @@ def main() -> None:
     parser.add_argument("--each", type=int, default=4, help="pictures of each of the prompts, 2 or more")
     parser.add_argument("--prompts", type=int, help="use so many of the prompts")
     parser.add_argument("--sampler", help="the model's own, if not said")
+    parser.add_argument("--speed", choices=("exact", "fast"), default="exact")
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--seed", type=int, default=1000)
     parser.add_argument("--json", type=Path)
@@ -166,7 +167,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.each < 2:
         parser.error("--each must be 2 or more: one picture differs from no other")
-    model, groups, began = rv.load(options.model), combinations(), time.perf_counter()
+    model, groups, began = rv.load(options.model, speed=options.speed), combinations(), time.perf_counter()
     groups = [
         groups[i * len(groups) // (options.prompts or len(groups))] for i in range(options.prompts or len(groups))
     ]
