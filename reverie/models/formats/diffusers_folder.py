@@ -95,20 +95,41 @@ class DiffusersFolder(Format):
         return inexpressible(card)
 
     def write(self, model: Model, path: Path, overwrite: bool = False) -> None:
-        weights = f"{UNET}/{WEIGHTS}.safetensors"
-        contents: Contents = {
-            INDEX: text(pipeline_index()),
-            f"{UNET}/{CONFIG}": text(network_config(model.card)),
-            f"{SCHEDULER}/{SCHEDULER_CONFIG}": text(write_scheduler(model.card)),
-            weights: safetensors_writer(model.denoiser.network.state_dict()),
-        }
+        write_pipeline(self, model, path, overwrite, pipeline_index(), {})
 
-        def finish(written: Mapping[str, Digest]) -> Contents:
-            page = model_page(model, self.name).encode()
-            return {CARD: seal(model.card, {weights: written[weights]}), "README.md": page}
 
-        check_target(path, self, overwrite, {**contents, "README.md": b""})
-        write_folder(path, contents, finish)
+def write_pipeline(
+    own: Format, model: Model, path: Path, overwrite: bool, index: Mapping[str, Any], beside: Contents
+) -> None:
+    """Write a folder of a U-Net and a scheduler, with our card.
+
+    Arguments:
+        own: The format that it is of.
+        model: The model.
+        path: Where.
+        overwrite: Replace a model of that format.
+        index: Its model_index.json.
+        beside: Further files, by their names in the folder.
+
+    Raises:
+        UsageError: There is something at the path already.
+        StorageError: The disk is full, read-only, gone or faulty.
+    """
+    weights = f"{UNET}/{WEIGHTS}.safetensors"
+    contents: Contents = {
+        INDEX: text(index),
+        f"{UNET}/{CONFIG}": text(network_config(model.card)),
+        f"{SCHEDULER}/{SCHEDULER_CONFIG}": text(write_scheduler(model.card)),
+        weights: safetensors_writer(model.denoiser.network.state_dict()),
+        **beside,
+    }
+
+    def finish(written: Mapping[str, Digest]) -> Contents:
+        page = model_page(model, own.name).encode()
+        return {CARD: seal(model.card, {weights: written[weights]}), "README.md": page}
+
+    check_target(path, own, overwrite, {**contents, "README.md": b""})
+    write_folder(path, contents, finish)
 
 
 def text(values: Mapping[str, Any]) -> bytes:

@@ -11,46 +11,36 @@ References:
 """
 
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from reverie.base.errors import ModelFileError, UsageError
-from reverie.base.storage import Digest
 from reverie.models.card import Card
-from reverie.models.checkpoints import safetensors_writer
 from reverie.models.codec import Codec
 from reverie.models.formats.base import (
     CARD,
-    Contents,
     Format,
     build_unfilled,
-    check_target,
     refuse_ema,
-    seal,
-    write_folder,
 )
 from reverie.models.formats.codec_file import spec_of, vae_contents, vae_folder
 from reverie.models.formats.diffusers_folder import (
     INDEX,
     SCHEDULER,
-    SCHEDULER_CONFIG,
     UNET,
-    WEIGHTS,
     WRITTEN_FOR,
     check_owners,
     derive_card,
     network_config,
     sealed_card,
-    text,
     weight_files,
+    write_pipeline,
 )
 from reverie.models.formats.files import read_json
 from reverie.models.formats.pipeline import CODECS, codec_spec
-from reverie.models.formats.scheduler import inexpressible, write_scheduler
+from reverie.models.formats.scheduler import inexpressible
 from reverie.models.formats.weights import install
 from reverie.models.model import Model
-from reverie.models.model_page import model_page
 from reverie.networks.unet import modern_name
 
 PIPELINE, CODER = "LDMPipeline", "vqvae"
@@ -113,21 +103,8 @@ class LatentFolder(Format):
 
     def write(self, model: Model, path: Path, overwrite: bool = False) -> None:
         assert model.codec is not None
-        weights = f"{UNET}/{WEIGHTS}.safetensors"
-        contents: Contents = {
-            INDEX: text(pipeline_index(model)),
-            f"{UNET}/config.json": text(network_config(model.card)),
-            f"{SCHEDULER}/{SCHEDULER_CONFIG}": text(write_scheduler(model.card)),
-            weights: safetensors_writer(model.denoiser.network.state_dict()),
-            **{f"{CODER}/{name}": content for name, content in vae_contents(model.codec).items()},
-        }
-
-        def finish(written: Mapping[str, Digest]) -> Contents:
-            page = model_page(model, self.name).encode()
-            return {CARD: seal(model.card, {weights: written[weights]}), "README.md": page}
-
-        check_target(path, self, overwrite, {**contents, "README.md": b""})
-        write_folder(path, contents, finish)
+        beside = {f"{CODER}/{name}": content for name, content in vae_contents(model.codec).items()}
+        write_pipeline(self, model, path, overwrite, pipeline_index(model), beside)
 
 
 def pipeline_index(model: Model) -> dict[str, Any]:
