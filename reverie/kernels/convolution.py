@@ -32,7 +32,7 @@ from torch import Tensor
 
 from reverie.kernels import winograd
 from reverie.kernels.attention import again
-from reverie.kernels.dispatch import call, fast, has, integers, pointer
+from reverie.kernels.dispatch import SUFFIX, call, fast, has, integers, pointer, widths
 from reverie.kernels.norm import channels_last
 
 Pair = tuple[int, int]
@@ -70,7 +70,7 @@ def convolution(
 
 def suitable(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Pair, padding: Pair) -> bool:
     """Whether the gradient of a weight is wanted, and better by (2), as for the layers of a small network."""
-    if not (torch.is_grad_enabled() and weight.requires_grad and arithmetic(x, weight) in winograd.SUFFIX):
+    if not (torch.is_grad_enabled() and weight.requires_grad and arithmetic(x, weight) in SUFFIX):
         return False
     outer, inner, *sides = weight.shape
     if sides != [3, 3] or tuple(stride) != (1, 1) or tuple(padding) != (1, 1):
@@ -81,7 +81,7 @@ def suitable(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Pair, paddi
 
 def named(dtype: torch.dtype) -> str:
     """Return the name of the library's function for a dtype; that for bfloat16 is not in every library."""
-    return f"reverie_weight_gradient{winograd.SUFFIX[dtype]}"
+    return f"reverie_weight_gradient{SUFFIX[dtype]}"
 
 
 def arithmetic(x: Tensor, weight: Tensor) -> torch.dtype:
@@ -142,7 +142,7 @@ def gradient_of_weight(x: Image, dy: Result) -> tuple[Float[Tensor, "o i 3 3"], 
     """
     samples, inner, height, width = x.shape
     outer, threads = dy.shape[1], torch.get_num_threads()
-    vector, _ = winograd.widths()
+    vector, _ = widths()
     wide, high = (-(-count // vector) * vector for count in (inner, outer))
     dw, db = torch.empty(threads, outer, 3, 3, wide), torch.empty(threads, high)
     shape = integers(samples, height, width, inner, outer)

@@ -23,6 +23,7 @@ VARIABLE = "REVERIE_KERNELS"
 MODES = ("auto", "fast", "plain")
 LEVELS = {"AVX512": ("avx512", "avx2"), "AVX2": ("avx2",)}  # by PyTorch's word for what the CPU has, the best first
 NAMES = {"avx512bf16": "AVX-512 with bfloat16", "avx512": "AVX-512", "avx2": "AVX2"}
+SUFFIX = {torch.float32: "", torch.bfloat16: "_bfloat16"}  # what the library's functions for a dtype end in
 FOLDER = Path(__file__).parent
 
 
@@ -145,6 +146,13 @@ def has(name: str) -> bool:
         False
     """
     return library() is not None and hasattr(library(), name)
+
+
+def widths() -> tuple[int, int]:
+    """Return how many numbers the library's vectors, and how many outputs its panels of weights hold."""
+    found = library()
+    assert found is not None
+    return found.reverie_vector(), found.reverie_panel()
 
 
 def plain_memory(tensor: Tensor) -> bool:

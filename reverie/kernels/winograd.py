@@ -34,13 +34,11 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from reverie.kernels import dispatch
-from reverie.kernels.dispatch import call, fast, has, integers, pointer
+from reverie.kernels.dispatch import SUFFIX, call, fast, has, integers, pointer, widths
 
 POINTS = {2: (0, 1, -1), 4: (0, Fraction(1, 2), Fraction(-1, 2), 2, -2)}
 FEWEST = 32  # inputs and outputs: with fewer, the transforms take what is saved
 MOST = 3 * 2**19  # inputs times outputs, with m = 4: its weights take 36 numbers for each, 216 MiB
-SUFFIX = {torch.float32: "", torch.bfloat16: "_bfloat16"}
 
 
 class Transformed(NamedTuple):
@@ -121,13 +119,6 @@ def transform(weight: Float[Tensor, "o i h w"], m: int, dtype: torch.dtype) -> T
     sizes = ctypes.c_int64(outer), ctypes.c_int64(inner)
     call(f"reverie_winograd{m}_weights{SUFFIX[dtype]}", pointer(plain), *sizes, pointer(numbers))
     return Transformed(numbers, m, inner, outer)
-
-
-def widths() -> tuple[int, int]:
-    """Return how many outputs the library's vectors and panels hold."""
-    found = dispatch.library()
-    assert found is not None
-    return found.reverie_vector(), found.reverie_panel()
 
 
 def padded(inner: int, dtype: torch.dtype) -> int:

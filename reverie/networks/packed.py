@@ -2,11 +2,13 @@ r"""A network made ready to be asked many times and never to be trained: its wei
 
 What changes, and what each change does to the numbers:
 
-- **Convolutions and linear layers** hold their weights once, in the dtype that they compute in, in oneDNN's blocks
-  where it takes them: a cast's rounding, and nothing beside it. The first and the last convolution, and what is made of
+- **Convolutions and linear layers** hold their weights once, in the dtype that they compute in, in the order that the
+  product reads them: a cast's rounding, and nothing beside it. The first and the last convolution, and what is made of
   the time and the label, stay in float32: they are a thousandth of the work.
 - **Convolutions of 3x3** go with fewer multiplications where the library has them (`reverie.kernels.winograd`): in
   bfloat16 a layer's rounding is twice a plain one's, and weights take 1.8 times as much, in float32 up to 4 times.
+- **Linear layers** go by panels of the library's where it serves them (`reverie.kernels.panels`), and a transformer's
+  gated units are done with the product: what is between them is never rounded nor written.
 - **Norms** keep their weights in float32, and take their sums in it.
 - **Self-attention** reads its tokens once, for queries, keys and values together.
 - **Attention to a context** works its keys and values out once for each context, as long as that is there: they
@@ -25,10 +27,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from reverie.kernels import gated as gated_units
 from reverie.kernels import winograd
 from reverie.kernels.packed import Eight, blocks, blocks_of_convolution, convolve, eight, multiply, packs
+from reverie.kernels.panels import Panels, panels, product, serves
 from reverie.kernels.winograd import Transformed
-from reverie.networks.attention import Attention
+from reverie.networks.attention import Attention, Gate
 from reverie.networks.autoencoder import ConvolutionalAutoencoder
 from reverie.networks.captioned import Captioned
 from reverie.networks.tiny_autoencoder import TinyAutoencoder
@@ -53,7 +57,7 @@ class Packing(NamedTuple):
 
 
 class Packed(nn.Module):
-    """A layer whose weight is held in blocks, transformed, in eight bits, or plainly.
+    """A layer whose weight is held in panels, in blocks, transformed, in eight bits, or plainly.
 
     Arguments:
         weight: The layer's own.
@@ -67,7 +71,7 @@ class Packed(nn.Module):
         self.dtype, self.out, self.numbers = dtype, out, weight.numel()
         # No parameters: what is in blocks can neither be trained nor moved.
         self.bias = None if bias is None else bias.detach().to(dtype)
-        self.held: Tensor | Eight | Transformed = weight.detach().to(dtype)
+        self.held: Tensor | Eight | Panels | Transformed = weight.detach().to(dtype)
         self.error = torch.zeros(2, dtype=torch.float64)  # squared, of the weight and what it is relative to
 
     def hold(self, bits8: bool, weight: Tensor) -> None:
@@ -86,7 +90,7 @@ class Packed(nn.Module):
     @property
     def full(self) -> Tensor:
         """The weight, as a product takes it."""
-        assert not isinstance(self.held, Transformed)
+        assert not isinstance(self.held, Panels | Transformed)
         return self.held.full() if isinstance(self.held, Eight) else self.held
 
     @property
@@ -97,13 +101,14 @@ class Packed(nn.Module):
 
 
 class PackedLinear(Packed):
-    """A linear layer: y = x W^T + b.
+    """A linear layer: y = x W^T + b; or gated units of two halves of its outputs, y = h gelu(g).
 
     Arguments:
         weight: W (O, I).
         bias: b (O,).
         dtype: What it computes in.
         bits8: Hold the weight in eight bits.
+        gated: Return the gated units.
 
     Example:
         >>> layer = nn.Linear(4, 2)
@@ -113,17 +118,30 @@ class PackedLinear(Packed):
     """
 
     def __init__(
-        self, weight: Float[Tensor, "o i"], bias: Float[Tensor, " o"] | None, dtype: torch.dtype, bits8: bool = False
+        self,
+        weight: Float[Tensor, "o i"],
+        bias: Float[Tensor, " o"] | None,
+        dtype: torch.dtype,
+        bits8: bool = False,
+        gated: bool = False,
     ) -> None:
         super().__init__(weight, bias, dtype, dtype)
-        self.hold(bits8, weight)
+        self.gated = gated
+        if not bits8 and serves(weight.shape[1], dtype):
+            self.held = panels(weight, bias, dtype, gated)
+        else:
+            self.hold(bits8, weight)
 
     def blocks(self) -> Tensor:
         assert isinstance(self.held, Tensor)
         return blocks(self.held)
 
     def forward(self, x: Float[Tensor, "... i"]) -> Float[Tensor, "... o"]:
-        return multiply(x.to(self.dtype), self.full, self.bias)
+        x = x.to(self.dtype)
+        if isinstance(self.held, Panels):
+            return product(x, self.held)
+        y = multiply(x, self.full, self.bias)
+        return gated_units(y) if self.gated else y
 
 
 class PackedConv2d(Packed):
@@ -153,6 +171,9 @@ class PackedConv2d(Packed):
             self.bias = None if conv.bias is None else conv.bias.detach().float()
             return
         weight = conv.weight.flatten(1) if self.pixelwise else conv.weight.to(memory_format=torch.channels_last)
+        if self.pixelwise and not bits8 and serves(conv.in_channels, dtype):
+            self.held = panels(weight, conv.bias, dtype)
+            return
         self.held = weight.detach().to(dtype)
         self.hold(bits8, weight)
 
@@ -165,7 +186,9 @@ class PackedConv2d(Packed):
         if isinstance(self.held, Transformed):
             return winograd.convolve(x, self.held, self.bias).to(self.out)
         if self.pixelwise:
-            return multiply(x.permute(0, 2, 3, 1), self.full, self.bias).permute(0, 3, 1, 2).to(self.out)
+            rows = x.permute(0, 2, 3, 1)
+            y = product(rows, self.held) if isinstance(self.held, Panels) else multiply(rows, self.full, self.bias)
+            return y.permute(0, 3, 1, 2).to(self.out)
         return convolve(x, self.full, self.bias, self.stride, self.padding).to(self.out)  # type: ignore[arg-type]
 
 
@@ -237,7 +260,8 @@ def layers_of(part: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
     """Yield the layers that are packed, each with what holds it and its name there."""
     for parent in part.modules():
         for name, layer in parent.named_children():
-            if isinstance(layer, nn.Conv2d | nn.Linear) and not left(part, layer):
+            whole = isinstance(layer, nn.Conv2d | nn.Linear | Gate) and not isinstance(parent, Gate)
+            if whole and not left(part, layer):
                 yield parent, name, layer
 
 
@@ -258,6 +282,8 @@ def end_layers(part: nn.Module) -> tuple[nn.Module, nn.Module]:
 
 def packed(layer: nn.Module, dtype: torch.dtype, bits8: bool, first: bool, last: bool) -> Packed:
     """Return a layer, packed: in float32 where it is the first or the last, and then never in eight bits."""
+    if isinstance(layer, Gate):
+        return PackedLinear(layer.proj.weight, layer.proj.bias, dtype, bits8, gated=True)
     if isinstance(layer, nn.Linear):
         return PackedLinear(layer.weight, layer.bias, dtype, bits8)
     assert isinstance(layer, nn.Conv2d)

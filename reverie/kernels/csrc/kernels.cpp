@@ -2,6 +2,7 @@
 #include "attention.h"
 #include "blend.h"
 #include "gate.h"
+#include "linear.h"
 #include "norm.h"
 #include "normal.h"
 #include "weight_gradient.h"
@@ -226,6 +227,34 @@ WINOGRAD(4, Single, float, )
 #ifdef __AVX512BF16__
 WINOGRAD(2, Half, uint16_t, _bfloat16)
 WINOGRAD(4, Half, uint16_t, _bfloat16)
+#endif
+
+// shape: rows, inputs in words, outputs. Blocks of rows, and where there are fewer of them than threads, of outputs too.
+template <class N, class T = typename N::Number>
+static int linear(const int64_t* shape, const T* x, const float* w, const float* bias, T* y, int gated, int threads) {
+    const Linear<N> l{shape[0], shape[1], shape[2], x, w, bias, y, gated != 0};
+    const long tiles = (l.rows + rows_of(PANEL) - 1) / rows_of(PANEL);
+    long blocks = (l.rows + l.block() - 1) / l.block();
+    if (tiles >= threads) blocks = (blocks + threads - 1) / threads * threads;
+    const long wanted = (threads + blocks - 1) / blocks, parts = wanted < l.panels() ? wanted : l.panels();
+#pragma omp parallel for num_threads(threads) schedule(dynamic) if (threads > 1)
+    for (long task = 0; task < blocks * parts; task++) {
+        const long block = task / parts, part = task % parts, end = tiles * (block + 1) / blocks * rows_of(PANEL);
+        l.run(tiles * block / blocks * rows_of(PANEL), end < l.rows ? end : l.rows, l.panels() * part / parts,
+              l.panels() * (part + 1) / parts);
+    }
+    return 0;
+}
+
+#define LINEAR(N, T, SUFFIX)                                                                                          \
+    API int reverie_linear##SUFFIX(const int64_t* shape, const T* x, const float* w, const float* bias, T* y,         \
+                                   int gated, int threads) {                                                          \
+        return linear<N>(shape, x, w, bias, y, gated, threads);                                                       \
+    }
+
+LINEAR(Single, float, )
+#ifdef __AVX512BF16__
+LINEAR(Half, uint16_t, _bfloat16)
 #endif
 
 // shape: samples, height, width, inputs, outputs. dw: (threads, outputs, 3, 3, inputs in whole vectors); db: (threads,

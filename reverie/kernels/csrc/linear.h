@@ -1,0 +1,66 @@
+// Linear layers, y = x W^T + b, with weights in panels of outputs: for each panel (in, its columns), in words. What
+// follows a layer is done while a tile of the result is in registers:
+//
+//     y = h gelu(g),    h and g the two halves of the layer's outputs, side by side in each panel
+//
+// so that h and g are never written.
+#pragma once
+#include "gate.h"
+#include "gemm.h"
+
+constexpr long NEAR = 1 << 17;  // words of x that are gone through for one panel after another: half of a usual L2
+
+template <class N> struct Linear {
+    using T = typename N::Number;
+    long rows, words, out;  // out: numbers in a row of y
+    const T* x;
+    const float* w;     // the weights
+    const float* bias;  // one for each column of the panels, in whole vectors
+    T* y;
+    bool gated;
+
+    long vectors() const { return (out + W - 1) / W * (gated ? 2 : 1); }  // columns of all panels
+    long panels() const { return (vectors() + PANEL - 1) / PANEL; }
+    // Rows of a block, in whole tiles.
+    long block() const { return (NEAR / words / rows_of(PANEL) + 1) * rows_of(PANEL); }
+
+    // A tile, and what follows it.
+    template <int MR, int NV> void tile(long row, long v) const {
+        V acc[MR][NV] = {};
+        product<N>(acc, words, reinterpret_cast<const float*>(x) + row * words, words, 1, w + v * W * words, NV * W);
+        const long first = v * W / (gated ? 2 : 1);
+#pragma GCC unroll 16
+        for (int n = 0; n < NV; n++) {
+            const V more = load(bias + (v + n) * W);
+#pragma GCC unroll 16
+            for (int i = 0; i < MR; i++) acc[i][n] += more;
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < MR; i++) {
+            T* to = y + (row + i) * out + first;
+            if (!gated) {
+#pragma GCC unroll 16
+                for (int n = 0; n < NV; n++) store_n(to + n * W, acc[i][n], out - first - n * W);
+            } else {
+#pragma GCC unroll 16
+                for (int n = 0; n < NV / 2; n++)
+                    store_n(to + n * W, acc[i][n] * gelu(acc[i][n + NV / 2]), out - first - n * W);
+            }
+        }
+    }
+
+    template <int MR, int NV> void some_rows(int count, long row, long v) const {
+        if (count == MR) tile<MR, NV>(row, v);
+        else if constexpr (MR > 1) some_rows<MR - 1, NV>(count, row, v);
+    }
+
+    // Rows [begin, end), and the panels [from, until).
+    void run(long begin, long end, long from, long until) const {
+        for (long v = from * PANEL; v < until * PANEL && v < vectors(); v += PANEL)
+            by_vectors(vectors() - v, [&](auto nv) {
+                constexpr int MOST = rows_of(nv);
+                for (long row = begin; row < end; row += MOST)
+                    some_rows<MOST, nv>(int(end - row < MOST ? end - row : MOST), row, v);
+            });
+    }
+};
