@@ -1,14 +1,17 @@
-"""One step of Stable Diffusion 1.5's U-Net at full size, ours beside diffusers', in one run.
+"""One step of Stable Diffusion's U-Net at full size, ours beside diffusers', in one run, on a CPU or a GPU.
 
     python benchmarks/stable_diffusion.py --dtype bfloat16 --json stable.json
 
-Random weights of the real architecture (859,520,964 numbers), the same in all; a guided step is a batch of 2 latents
-of 64x64. `--dtype` is what all compute in: diffusers in eager PyTorch, OpenVINO by its hint, ours packed as `--speed
-fast` packs it. Turns alternate, the first of each is left out; relative error is to diffusers' float32. `--clock cpu`
-counts the processor's time instead of the wall's, where others use the machine. `--size` and `--width` make it smaller.
+Random weights of the real architecture (859,520,964 numbers; `--xl`: 2,567,463,684), the same in all; a guided step is
+a batch of 2 latents of 64x64 (128x128). `--dtype` is what all compute in: diffusers in eager PyTorch, OpenVINO by its
+hint, ours packed as `--speed fast` packs it. On a GPU there are also diffusers under torch.compile (mode
+reduce-overhead, channels innermost), and ours without its recorded calls. Turns alternate, the first of each is left
+out; relative error is to diffusers' float32. `--clock cpu` counts the processor's time instead of the wall's, where
+others use the machine. `--size` and `--width` make it smaller.
 """
 
 import argparse
+import copy
 import gc
 import json
 import resource
@@ -18,9 +21,10 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from report import machine, table, versions
+from report import gpu_or_not, machine, table, versions
 
 from reverie.networks.packed import pack
 from reverie.networks.unet import UNet
@@ -39,14 +43,61 @@ CONFIG = {
     "cross_attention_dim": 768,
     "attention_head_dim": 8,
 }
+XL = CONFIG | {
+    "sample_size": 128,
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+    "cross_attention_dim": 2048,
+    "attention_head_dim": [5, 10, 20],
+    "transformer_layers_per_block": [1, 2, 10],
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
 
 
-def build(config: dict) -> tuple[torch.nn.Module, torch.nn.Module]:
+class Told(NamedTuple):
+    """What a step is given, by our names.
+
+    Arguments:
+        x: Latents (2, 4, h, w).
+        time: Their times (2,).
+        context: The text's tokens (2, 77, D).
+        added: XL's vector of the text and its six sizes.
+    """
+
+    x: torch.Tensor
+    time: torch.Tensor
+    context: torch.Tensor
+    added: dict[str, torch.Tensor]
+
+    def to(self, dtype: torch.dtype) -> "Told":
+        """Return it in another dtype; the time stays as it is."""
+        added = {name: value.to(dtype) for name, value in self.added.items()}
+        return Told(self.x.to(dtype), self.time, self.context.to(dtype), added)
+
+    def channels_last(self) -> "Told":
+        """Return it with the latents' channels innermost."""
+        return self._replace(x=self.x.to(memory_format=torch.channels_last))
+
+
+def told(xl: bool, size: int, device: str) -> Told:
+    """Return what a step is given, the same on every device."""
+    torch.manual_seed(1)
+    x, time = torch.randn(2, 4, size, size), torch.tensor([500.0, 500.0])
+    context = torch.randn(2, 77, 2048 if xl else 768)
+    added = {"pooled": torch.randn(2, 1280), "sizes": torch.full((2, 6), 8.0 * size)} if xl else {}
+    return Told(x.to(device), time.to(device), context.to(device), {k: v.to(device) for k, v in added.items()})
+
+
+def build(config: dict, device: str) -> tuple[torch.nn.Module, torch.nn.Module]:
     """Return diffusers' U-Net with random weights, and ours with the same tensors."""
     import diffusers
 
     torch.manual_seed(0)
-    theirs = diffusers.UNet2DConditionModel(**{k: v for k, v in config.items() if not k.startswith("_")}).eval()
+    with torch.device(device):
+        theirs = diffusers.UNet2DConditionModel(**{k: v for k, v in config.items() if not k.startswith("_")}).eval()
     for parameter in theirs.parameters():
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.7 * parameter[0].numel() ** -0.5)
@@ -54,6 +105,29 @@ def build(config: dict) -> tuple[torch.nn.Module, torch.nn.Module]:
         ours = UNet(UNetConfig.from_diffusers(config)).eval()
     ours.load_state_dict(theirs.state_dict(), assign=True)
     return theirs, ours
+
+
+def theirs_of(network: torch.nn.Module, given: Told) -> torch.Tensor:
+    """Return what diffusers' network says."""
+    more = None
+    if given.added:
+        more = {"text_embeds": given.added["pooled"], "time_ids": given.added["sizes"]}
+    return network(given.x, given.time, given.context, added_cond_kwargs=more, return_dict=False)[0]
+
+
+def gpu_peers(theirs: torch.nn.Module, ours: torch.nn.Module, given: Told, dtype: torch.dtype) -> dict[str, Callable]:
+    """Return calls on a GPU: ours recorded and not, diffusers' as it is and compiled."""
+    from reverie.networks.replayed import Replayed
+
+    graphs, last = Replayed(ours), given.channels_last()
+    same, cast = theirs.to(dtype), given.to(dtype)
+    compiled = torch.compile(copy.deepcopy(same).to(memory_format=torch.channels_last), mode="reduce-overhead")
+    return {
+        "reverie": lambda: graphs(last.x, last.time, context=last.context, **last.added),
+        "reverie, not recorded": lambda: ours(last.x, last.time, context=last.context, **last.added),
+        "diffusers": lambda: theirs_of(same, cast),
+        "diffusers, compiled": lambda: theirs_of(compiled, cast.channels_last()),
+    }
 
 
 def openvino(
@@ -85,63 +159,103 @@ class Returns(torch.nn.Module):
         return self.network(x, time, context, return_dict=False)[0]
 
 
-@torch.inference_mode()
-def main() -> None:
-    """Run, print a table, write the JSON."""
+def cpu_peers(
+    theirs: torch.nn.Module, ours: torch.nn.Module, given: Told, options: argparse.Namespace, preparation: dict
+) -> dict[str, Callable]:
+    """Return calls on a CPU: ours, OpenVINO's, diffusers'; what the second takes before is put into preparation."""
+    dtype, without, last = getattr(torch, options.dtype), options.without.split(","), given.channels_last()
+    peers: dict[str, Callable] = {}
+    found = None if "openvino" in without or options.xl else openvino(theirs, given[:3], dtype, options.threads)
+    if found is not None:
+        peers["openvino"], preparation["openvino"] = found
+    peers["reverie"] = lambda: ours(last.x, last.time, context=last.context, **last.added)
+    if "diffusers" not in without:
+        theirs.to(dtype)
+        cast = given.to(dtype)
+        peers["diffusers"] = lambda: theirs_of(theirs, cast)
+    return peers
+
+
+def seconds_of(call: Callable, clock: Callable[[], float]) -> tuple[float, torch.Tensor]:
+    """Return how long a call takes, its GPU waited for, and its answer."""
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.synchronize()
+    began = clock()
+    y = call()
+    if on_gpu:
+        torch.cuda.synchronize()
+    return clock() - began, y.clone()
+
+
+def parse() -> argparse.Namespace:
+    """Return the options."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--size", type=int, default=64, help="latents a side")
+    parser.add_argument("--xl", action="store_true", help="Stable Diffusion XL's U-Net")
+    parser.add_argument("--size", type=int, help="latents a side")
     parser.add_argument("--width", type=int, default=320, help="channels of the first level")
     parser.add_argument("--without", default="", help="peers to leave out, with commas: diffusers, openvino")
     parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    widths = [options.width * factor for factor in (1, 2, 4, 4)]
-    theirs, ours = build(CONFIG | {"block_out_channels": widths})
-    torch.manual_seed(1)
-    x, when = torch.randn(2, 4, options.size, options.size), torch.tensor([500.0, 500.0])
-    context = torch.randn(2, 77, 768)
-    dtype = getattr(torch, options.dtype)
-    without, preparation = options.without.split(","), {}
-    wanted = theirs(x, when, context, return_dict=False)[0]
-    peers: dict[str, Callable] = {}
-    if "openvino" not in without and (found := openvino(theirs, (x, when, context), dtype, options.threads)):
-        peers["openvino"], preparation["openvino"] = found
-    began = time.perf_counter()
-    pack(ours.requires_grad_(False), dtype)
-    preparation["reverie"] = time.perf_counter() - began
-    peers["reverie"] = lambda: ours(x.to(memory_format=torch.channels_last), when, context=context)
-    if "diffusers" not in without:
-        theirs.to(dtype)
-        given = x.to(dtype), when, context.to(dtype)
-        peers["diffusers"] = lambda: theirs(*given, return_dict=False)[0]
-    gc.collect()
+    return parser.parse_args()
+
+
+def turns(
+    peers: dict[str, Callable], runs: int, clock: Callable[[], float], wanted: torch.Tensor, preparation: dict
+) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """Return the seconds of all in turn, and their errors; the first of each, which prepares, is put beside them."""
     seconds: dict[str, list[float]] = {name: [] for name in peers}
     errors = {}
-    clock = time.perf_counter if options.clock == "wall" else time.process_time
-    for _ in range(options.runs + 1):
+    for turn in range(runs + 1):
         for name, call in peers.items():
-            began = clock()
-            y = call()
-            seconds[name].append(clock() - began)
-            print(f"{name} {seconds[name][-1]:.2f} s", file=sys.stderr, flush=True)
-            errors[name] = float((y - wanted).norm() / wanted.norm())
-    medians = {name: statistics.median(turns[1:]) for name, turns in seconds.items()}
+            took, y = seconds_of(call, clock)
+            seconds[name].append(took)
+            if turn == 0:
+                preparation[name] = preparation.get(name, 0) + took
+            if runs <= 10 or turn == 0:
+                print(f"{name} {took:.4g} s", file=sys.stderr, flush=True)
+            errors[name] = float((y.double() - wanted.double()).norm() / wanted.double().norm())
+    return seconds, errors
+
+
+@torch.inference_mode()
+def main() -> None:
+    """Run, print a table, write the JSON."""
+    options = parse()
+    torch.set_num_threads(options.threads)
+    device = gpu_or_not()
+    config = XL if options.xl else CONFIG
+    widths = [options.width * factor for factor in (1, 2, 4, 4)[: len(config["down_block_types"])]]
+    heads = {"attention_head_dim": [width // 64 for width in widths]} if options.xl else {}
+    theirs, ours = build(config | {"block_out_channels": widths} | heads, device)
+    given = told(options.xl, options.size or (128 if options.xl else 64), device)
+    dtype, preparation = getattr(torch, options.dtype), {}
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        wanted = theirs_of(theirs, given).float()
+    began = time.perf_counter()
+    if device == "cuda":
+        pack(ours.requires_grad_(False), dtype)
+        preparation["reverie"] = time.perf_counter() - began
+        peers = gpu_peers(theirs, ours, given, dtype)
+    else:
+        peers = cpu_peers(theirs, ours, given, options, preparation)
+        began = time.perf_counter()
+        pack(ours.requires_grad_(False), dtype)
+        preparation["reverie"] = time.perf_counter() - began
+    gc.collect()
+    clock = time.perf_counter if options.clock == "wall" else time.process_time
+    seconds, errors = turns(peers, options.runs, clock, wanted, preparation)
+    medians = {name: statistics.median(took[1:]) for name, took in seconds.items()}
     base = medians.get("diffusers", medians["reverie"])
     rows = [
-        [
-            name,
-            f"{medians[name]:.2f}",
-            f"{medians[name] / base:.2f}",
-            f"{errors[name]:.1e}",
-            f"{preparation.get(name, 0):.1f}",
-        ]
+        [name, f"{1000 * medians[name]:.4g}", f"{medians[name] / base:.2f}", f"{errors[name]:.1e}",
+         f"{preparation[name]:.1f}"]
         for name in peers
-    ]
-    print(table(["network", "s a step", "of diffusers", "relative error", "preparation, s"], rows))
+    ]  # fmt: skip
+    print(table(["network", "ms a step", "of diffusers", "relative error", "preparation, s"], rows))
     if options.json:
         command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
         about = {"command": command, "machine": machine(), "versions": versions(PACKAGES)}

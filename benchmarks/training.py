@@ -12,7 +12,8 @@ What is equal: the images (the handwritten digits at the size asked for), the ba
 where it is given, and for ours and diffusers the architecture (channels 32, 64, 64; attention at the second level,
 heads of 8 channels; 1.62 M parameters). denoising-diffusion-pytorch's is its own (dim 32, multipliers 1, 2, 2; 1.41 M).
 peers.py tells what of the peers' loops is theirs. `ours-plain` is ours with REVERIE_KERNELS=plain, `ours-compiled` with
-torch.compile instead, and `-bf16` after a name is autocast.
+torch.compile instead, both by PyTorch's operators. On a GPU, where there is one, all train there; `-bf16` after a
+name is autocast.
 
 --curves N makes N steps of each for each of some seeds and keeps the losses, of which it prints means and a test. With
 --learning-rate, ours and diffusers then have the same first weights (diffusers'), noise schedule (linear), prediction
@@ -58,12 +59,21 @@ class Gate:
 
     def __call__(self) -> bool:
         """Report the step that has ended, wait, and return whether there is to be another."""
+        settle()
         now = time.perf_counter(), time.process_time()
         took = None if self.began is None else (now[0] - self.began[0], now[1] - self.began[1])
         self.line.send(took)
         go = self.line.recv()
         self.began = time.perf_counter(), time.process_time()
         return go
+
+
+def settle() -> None:
+    """Wait for the GPU, where there is one."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 class Over(Exception):  # noqa: N818 - no error

@@ -4,7 +4,8 @@ r"""Group norm with all that stands around it in a residual block, in two walks 
 
 The twin is PyTorch's group norm with its neighbours, each a walk over memory or two of its own. The library's is for
 images in channels-last, in float32 or bfloat16, with the addition, scale and shift one number for each sample and
-channel. Nothing between x and y is kept for the gradients, which compute u once more.
+channel. Nothing between x and y is kept for the gradients, which compute u once more. On a GPU, where no gradient is
+asked for, it is Triton's (`reverie.kernels.gpu`).
 
 A gradient of the gradient goes by the twin.
 
@@ -24,6 +25,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from reverie.kernels import gpu
 from reverie.kernels.attention import again
 from reverie.kernels.dispatch import address, call, fast, pointer
 
@@ -71,12 +73,14 @@ def group_norm(
         torch.Size([2, 8, 4, 4])
     """
     others = (weight, bias, scale, shift, add)
-    if not (channels_last(x) and all(map(per_channel, (scale, shift, add))) and fast(x, *others)):
+    on_gpu = gpu.serves(x, *others)
+    if not (channels_last(x) and all(map(per_channel, (scale, shift, add))) and (on_gpu or fast(x, *others))):
         return plain(x, groups, *others[:2], eps, act, *others[2:])
     weight, bias, scale, shift, add = (
         None if y is None else y.flatten(1).float() if y.ndim > 1 else y.float() for y in others
     )
-    y = Normalise.apply(x, groups, weight, bias, eps, act in ("silu", "swish"), scale, shift, add)
+    compute = gpu.group_norm if on_gpu else Normalise.apply
+    y = compute(x, groups, weight, bias, eps, act in ("silu", "swish"), scale, shift, add)
     return y if act in FUSED else ACTIVATIONS[act](y)  # type: ignore[index]
 
 
@@ -108,6 +112,8 @@ def plain(
     if x.device.type == "cpu" and x.dtype == torch.bfloat16 and x.requires_grad:
         # Its backward pass in channels-last takes two to four times as long in bfloat16, the casts included.
         x, weight, bias = (None if y is None else y.float() for y in (x, weight, bias))  # type: ignore[assignment]
+    if x.is_cuda and weight is not None:
+        x = x.to(weight.dtype)  # there PyTorch takes no mixture
     # torch.group_norm is F.group_norm without its check for one value in a group, which a 1x1 image may have.
     y = torch.group_norm(x, groups, weight, bias, eps).to(dtype)
     if scale is not None and shift is not None:

@@ -27,7 +27,7 @@ from reverie.models.footprint import working_bytes
 from reverie.models.guiding import Worse
 from reverie.models.plan import SamplingPlan, make_plan
 from reverie.models.sampling import Intermediate, Progress, execute
-from reverie.models.speed import EXACT, Speed, refuse_packed
+from reverie.models.speed import EXACT, Speed, arithmetic, refuse_packed
 from reverie.models.tasks import ROUNDS, Between, check_task, factor_of, shares, within
 
 RECORD_FORMAT = 1
@@ -412,7 +412,7 @@ class Model:
     def decoded(self, latents: Tensor) -> Tensor:
         """Return the pictures (n, C, H, W) of latents, on the CPU, each decoded by itself."""
         assert self.codec is not None
-        with torch.no_grad():
+        with torch.no_grad(), arithmetic(self.device, self.speed):
             return torch.cat([self.codec.decode(one[None].to(self.device)).cpu() for one in latents])
 
     def record(self, plan: SamplingPlan) -> dict[str, Any]:

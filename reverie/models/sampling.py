@@ -30,7 +30,7 @@ from reverie.models.editing import Given
 from reverie.models.memory import check_memory, memory_errors
 from reverie.models.plan import SamplingPlan
 from reverie.models.reuse import Reusing
-from reverie.models.speed import is_packed
+from reverie.models.speed import arithmetic, is_packed
 
 
 class Progress(NamedTuple):
@@ -102,7 +102,7 @@ def execute(
     check_memory(memory_needed(plan) + (beside if device.type == "cpu" else 0), cpu, what, lower)
     results, kept, noise = [], [], Noise(plan.seeds) if noise is None else noise
     networks = [one.network for one in (denoiser, plan.guiding.bad and plan.guiding.bad.denoiser) if one]
-    with memory_errors(what, lower), evaluating(*networks):
+    with memory_errors(what, lower), evaluating(*networks), arithmetic(device, plan.speed):
         batches = same_length(plan, conditioner)
         for batch, rows in enumerate(batches):
             watch = watcher(plan, batch, len(batches), callback)
@@ -174,11 +174,24 @@ def in_buckets(denoiser: NetworkDenoiser, plan: SamplingPlan) -> Denoiser:
     # Weights that are laid out for speed bring their arithmetic with them.
     dtype = None if is_packed(denoiser.network) else plan.dtype
     core: Denoiser = NetworkDenoiser(
-        denoiser.network, denoiser.schedule, denoiser.prediction, denoiser.learned_variance, dtype
+        asked(denoiser.network, plan), denoiser.schedule, denoiser.prediction, denoiser.learned_variance, dtype
     )
     if plan.cache_every > 1:
         core = Reusing(core, plan.cache_every)
     return core if plan.bucket is None else FixedBatch(core, plan.bucket)
+
+
+def asked(network: nn.Module, plan: SamplingPlan) -> nn.Module:
+    """Return what stands for a network in a plan: itself, or its recorded calls on a GPU.
+
+    These do the same at each call: where something changes the network's inside, or hangs on its modules' calls, it is
+    asked itself.
+    """
+    graphs = plan.speed.graphs
+    if graphs is None or graphs.network is not network or plan.cache_every > 1 or plan.guiding.perturbed is not None:
+        return network
+    hooked = any(module._forward_hooks or module._forward_pre_hooks for module in network.modules())
+    return network if hooked else graphs
 
 
 def told_all(

@@ -3,10 +3,14 @@
 Fast, on a CPU: bfloat16 where the processor multiplies it natively; the networks' weights held once, in that, and
 laid out for oneDNN or transformed for convolutions with fewer multiplications; norms, softmax and whatever adds up in
 float32; schedules and the sampler's state as ever; batches of any size, so that the two branches of guidance are one
-call and nothing is padded; CLIP's encoders let go once the prompts are read. Elsewhere: the network under autocast.
-What it costs is the rounding, and that the last bits of a sample may depend on its batch.
+call and nothing is padded; CLIP's encoders let go once the prompts are read. On a GPU: the same networks in bfloat16,
+norms and gates by `reverie.kernels.gpu`, and a step's kernels started as one (`reverie.networks.replayed`). Elsewhere,
+and for other networks: the network under autocast. What it costs is the rounding, and that the last bits of a sample
+may depend on its batch.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +20,7 @@ from torch import nn
 from reverie.base.errors import UsageError
 from reverie.models.memory import gigabytes
 from reverie.networks.packed import Packed, Packing, pack, packable
+from reverie.networks.replayed import Replayed
 
 if TYPE_CHECKING:
     from reverie.models.model import Model
@@ -34,6 +39,7 @@ class Speed:
         weights: "int8" for a network whose weights are held in eight bits.
         packed: Whether its weights are laid out for speed, and can be neither trained, moved nor saved.
         packing: What became of them.
+        graphs: The network with its kernels started as one, on a GPU.
     """
 
     name: str = "exact"
@@ -41,6 +47,7 @@ class Speed:
     weights: str | None = None
     packed: bool = False
     packing: Packing | None = None
+    graphs: Replayed | None = None
 
     def words(self) -> str:
         """Return it in a sentence."""
@@ -49,6 +56,7 @@ class Speed:
             return f"fast: {kind} under autocast, batches of any size"
         size, whole = self.packing.bytes, 4 * self.packing.numbers
         text = f"fast: {kind}, weights laid out once, {gigabytes(size)} instead of {gigabytes(whole)}"
+        text = text if self.graphs is None else f"{text}, a step's kernels started as one"
         return text + (f", in 8 bits: {100 * self.packing.error:.2g} % off" if self.weights else "")
 
 
@@ -75,7 +83,7 @@ def hasten(model: "Model", dtype: torch.dtype | None = None, weights: str | None
     """Make a model fast. Its weights' sha256 stays what it was.
 
     Arguments:
-        model: The model, on its device; on a CPU it can be neither trained, moved nor saved after that.
+        model: The model, on its device; a network that is packed can be neither trained, moved nor saved after that.
         dtype: What it is to compute in; None for float32, if that was chosen, and else the best of the device.
         weights: "int8" to hold its network's weights in eight bits.
         chosen: Whether dtype was.
@@ -90,7 +98,7 @@ def hasten(model: "Model", dtype: torch.dtype | None = None, weights: str | None
         raise UsageError("the model is fast already; load it again to make it so otherwise")
     found = dtype if chosen else fast_dtype(model.device)
     network = model.denoiser.network
-    packs = model.device.type == "cpu" and bool(packable(network)) and found != torch.float16
+    packs = model.device.type in ("cpu", "cuda") and bool(packable(network)) and found != torch.float16
     if weights is not None and not packs:
         raise UsageError(
             f"weights {weights} has no effect on a {model.card.network.name} on {model.device}; leave it out"
@@ -103,9 +111,26 @@ def hasten(model: "Model", dtype: torch.dtype | None = None, weights: str | None
     if model.codec is not None:
         hasten_codec(model, found)
     if model.conditioner is not None:
-        model.conditioner.rests = True
-    model.speed = Speed("fast", found, weights, packs, packing)
+        model.conditioner.rests = model.device.type == "cpu"
+    graphs = Replayed(network) if packs and model.device.type == "cuda" else None
+    model.speed = Speed("fast", found, weights, packs, packing, graphs)
     return model.speed
+
+
+@contextmanager
+def arithmetic(device: torch.device, speed: Speed) -> Iterator[None]:
+    """A block in which a GPU multiplies as a speed has it: exactly is float32 throughout, in an order that holds."""
+    if device.type != "cuda":
+        yield
+        return
+    exact = speed.name == "exact"
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = not exact
+    try:
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=exact, allow_tf32=not exact):
+            yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def pack_network(network: nn.Module, dtype: torch.dtype | None, bits8: bool) -> Packing:
@@ -118,7 +143,7 @@ def pack_network(network: nn.Module, dtype: torch.dtype | None, bits8: bool) -> 
 def hasten_codec(model: "Model", dtype: torch.dtype | None) -> None:
     """Make a model's codec fast: its weights are never in eight bits, which pictures would show."""
     assert model.codec is not None
-    if model.device.type == "cpu" and packable(model.codec.network) and dtype != torch.float16:
+    if model.device.type in ("cpu", "cuda") and packable(model.codec.network) and dtype != torch.float16:
         pack_network(model.codec.network, dtype, False)
     else:
         model.codec.dtype = dtype

@@ -194,7 +194,7 @@ PLACE_WAVES = (1, 2, 4)
 
 def axis_waves(u: Float[Tensor, " n"]) -> Float[Tensor, "n w"]:
     """Return a coordinate (n,) and its sines and cosines (n, 1 + 2 waves)."""
-    angles = math.pi * u[:, None] * torch.tensor(PLACE_WAVES, device=u.device)
+    angles = torch.stack([math.pi * u * wave for wave in PLACE_WAVES], 1)  # no copy to a device
     return torch.cat([u[:, None], angles.sin(), angles.cos()], 1)
 
 

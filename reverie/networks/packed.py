@@ -9,7 +9,7 @@ What changes, and what each change does to the numbers:
   bfloat16 a layer's rounding is twice a plain one's, and weights take 1.8 times as much, in float32 up to 4 times.
 - **Linear layers** go by panels of the library's where it serves them (`reverie.kernels.panels`), and a transformer's
   gated units are done with the product: what is between them is never rounded nor written.
-- **Norms** keep their weights in float32, and take their sums in it.
+- **Norms** keep their weights in float32, and take their sums in it; on a GPU those of tokens have theirs in the dtype.
 - **Self-attention** reads its tokens once, for queries, keys and values together.
 - **Attention to a context** works its keys and values out once for each context, as long as that is there: they
   depend on the words alone, and are the same at every step.
@@ -79,8 +79,8 @@ class Packed(nn.Module):
         if bits8:
             self.held = eight(weight.detach(), self.dtype)
             off = self.held.full().float() - weight.detach().float()
-            self.error = torch.stack([off.double().square().sum(), weight.detach().double().square().sum()])
-        elif packs():
+            self.error = torch.stack([off.double().square().sum(), weight.detach().double().square().sum()]).cpu()
+        elif weight.device.type == "cpu" and packs():
             self.held = self.blocks()
 
     def blocks(self) -> Tensor:
@@ -127,7 +127,7 @@ class PackedLinear(Packed):
     ) -> None:
         super().__init__(weight, bias, dtype, dtype)
         self.gated = gated
-        if not bits8 and serves(weight.shape[1], dtype):
+        if not bits8 and weight.device.type == "cpu" and serves(weight.shape[1], dtype):
             self.held = panels(weight, bias, dtype, gated)
         else:
             self.hold(bits8, weight)
@@ -195,6 +195,7 @@ class PackedConv2d(Packed):
 def tile(conv: nn.Conv2d, dtype: torch.dtype) -> int:
     """Return the side of the tiles that a convolution is computed by, 0 where it is plain."""
     whole = conv.kernel_size == (3, 3) and conv.stride == (1, 1) and conv.padding == (1, 1)
+    whole = whole and conv.weight.device.type == "cpu"
     return winograd.tile(conv.in_channels, conv.out_channels, dtype) if whole else 0
 
 
@@ -218,7 +219,7 @@ def packable(network: nn.Module) -> list[nn.Module]:
 
 
 def pack(network: nn.Module, dtype: torch.dtype = torch.float32, bits8: bool = False) -> Packing:
-    """Make a network on the CPU ready to be asked many times. It can't be trained, moved or saved after that.
+    """Make a network ready to be asked many times, where it is. It can't be trained, moved or saved after that.
 
     Arguments:
         network: One of those that `packable` knows parts of.
@@ -240,6 +241,9 @@ def pack(network: nn.Module, dtype: torch.dtype = torch.float32, bits8: bool = F
         ends = end_layers(part)
         for parent, name, layer in list(layers_of(part)):
             setattr(parent, name, packed(layer, dtype, bits8, layer is ends[0], layer is ends[1]))
+        for norm in [module for module in part.modules() if isinstance(module, nn.LayerNorm)]:
+            if norm.weight.is_cuda:
+                norm.to(dtype)  # PyTorch takes no mixture there
     done = [module for module in network.modules() if isinstance(module, Packed)]
     off, whole = sum((module.error for module in done), torch.zeros(2, dtype=torch.float64)).tolist()
     numbers, size = sum(module.numbers for module in done), sum(module.bytes for module in done)
@@ -249,7 +253,8 @@ def pack(network: nn.Module, dtype: torch.dtype = torch.float32, bits8: bool = F
 def pack_attention(attention: Attention, dtype: torch.dtype, bits8: bool) -> None:
     """Join the queries, keys and values of a self-attention; have another remember what it made of a context."""
     if not attention.over_pixels:
-        attention.remember()
+        if attention.to_k.weight.device.type == "cpu":  # a recorded call can't tell a new context from an old one
+            attention.remember()
         return
     parts = [attention.to_q, attention.to_k, attention.to_v]
     bias = None if attention.to_q.bias is None else torch.cat([part.bias for part in parts])

@@ -38,6 +38,7 @@ from reverie.training.conditions import Conditions
 from reverie.training.config import SLOPED, TrainConfig
 from reverie.training.ema import PowerEMA, make_averages
 from reverie.training.few_step import make_target, read_teacher, start_from
+from reverie.training.graphed import Graphed, graphs
 from reverie.training.latents import CACHE, Latents
 from reverie.training.metrics import Console, Stream, imported
 from reverie.training.optimizers import flatten_optimizer, restore_optimizer
@@ -166,6 +167,8 @@ class Run(BaseRun):
         if config.checkpointing:
             self.network.gradient_checkpointing = True
         trained: Any = torch.compile(self.network) if config.compile else self.network
+        if graphs(self.network, config, plan.device) and not config.compile:
+            trained = Graphed(self.network)
         card = plan.card
         self.denoiser = NetworkDenoiser(
             trained, build_schedule(card.schedule), build_prediction(card), card.learned_variance, plan.dtype
