@@ -104,13 +104,13 @@ def jump(image: UInt8[Tensor, "3 h w"], mask: Bool[Tensor, "h w"]) -> float:
     return float(torch.cat(differences).mean())
 
 
-def fill(model: rv.Model, cases: Sequence[Case], guidance: float, steps: int, seed: int) -> list[Tensor]:
+def fill(model: rv.Model, cases: Sequence[Case], options: argparse.Namespace) -> list[Tensor]:
     """Return the pictures that a model makes of some cases."""
     pictures = []
     for i, case in enumerate(cases):
         made = model.edit(
-            case.image, mask=(case.mask.to(torch.uint8) * 255)[None], prompt=str(case.group), guidance=guidance,
-            steps=steps, seed=seed + i,
+            case.image, mask=(case.mask.to(torch.uint8) * 255)[None], prompt=str(case.group),
+            guidance=options.guidance, sampler=options.sampler, steps=options.steps, seed=options.seed + i,
         )  # fmt: skip
         pictures.append(made.uint8[0])
     return pictures
@@ -133,6 +133,7 @@ def main() -> None:
     parser.add_argument("model", help="a run trained on shapes with captions: what is known is put back at each step")
     parser.add_argument("filling", help="the same, fine-tuned with --fill")
     parser.add_argument("--guidance", type=float, default=3.0)
+    parser.add_argument("--sampler", help="default: the model's")
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--count", type=int, help="use so many cases of each task")
     parser.add_argument("--seed", type=int, default=1000)
@@ -149,9 +150,7 @@ def main() -> None:
     shown: list[list[Case]] = []
     for task, every in tasks.items():
         cases = every[: options.count]
-        made = {
-            name: fill(model, cases, options.guidance, options.steps, options.seed) for name, model in models.items()
-        }
+        made = {name: fill(model, cases, options) for name, model in models.items()}
         if task == "crossing":
             made["real pictures"] = [case.image for case in cases]
         rows += [{"task": task, "model": name, "cases": len(cases), **assess(made[name], cases)} for name in made]
