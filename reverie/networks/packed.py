@@ -171,7 +171,7 @@ class PackedConv2d(Packed):
             self.bias = None if conv.bias is None else conv.bias.detach().float()
             return
         weight = conv.weight.flatten(1) if self.pixelwise else conv.weight.to(memory_format=torch.channels_last)
-        if self.pixelwise and not bits8 and serves(conv.in_channels, dtype):
+        if self.pixelwise and not bits8 and conv.weight.device.type == "cpu" and serves(conv.in_channels, dtype):
             self.held = panels(weight, conv.bias, dtype)
             return
         self.held = weight.detach().to(dtype)
