@@ -2,11 +2,14 @@
 # mypy: ignore-errors
 # ruff: noqa: N803 - Triton's constants are written in capitals
 
+from typing import no_type_check
+
 import triton
 import triton.language as tl
 
 
 @triton.jit
+@no_type_check
 def moments(x, add, means, squares, pixels, channels, PIXELS: tl.constexpr, CHANNELS: tl.constexpr):
     """The mean of a block of pixels, and the sum of squares about it, for each channel."""
     block, sample = tl.program_id(0), tl.program_id(2).to(tl.int64)
@@ -24,6 +27,7 @@ def moments(x, add, means, squares, pixels, channels, PIXELS: tl.constexpr, CHAN
 
 
 @triton.jit
+@no_type_check
 def lines(
     means, squares, weight, bias, scale, shift, add, slopes, offsets, pixels, channels, each, eps,
     BLOCKS: tl.constexpr, PIXELS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
@@ -65,6 +69,7 @@ def lines(
 
 
 @triton.jit
+@no_type_check
 def apply(
     x, slopes, offsets, y, pixels, channels, SILU: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr
 ):  # fmt: skip
@@ -83,6 +88,7 @@ def apply(
 
 
 @triton.jit
+@no_type_check
 def gate(x, y, numbers, width, NUMBERS: tl.constexpr):
     """h * gelu(g), where h and g lie side by side."""
     i = tl.program_id(0).to(tl.int64) * NUMBERS + tl.arange(0, NUMBERS)
