@@ -190,10 +190,10 @@ def packed_convolution(shape: tuple[int, ...], dtype: torch.dtype, runs: int) ->
     samples, inner, outer, size = shape
     x = torch.randn(samples, inner, size, size).to(dtype).to(memory_format=torch.channels_last)
     weight, bias = (torch.randn(outer, inner, 3, 3) / (9 * inner) ** 0.5).to(dtype), torch.randn(outer).to(dtype)
-    m, blocks = winograd.tile(inner, outer, dtype), blocks_of_convolution(weight, (1, 1), (1, 1))
-    if not m:
+    tile, blocks = winograd.tile(inner, outer, dtype), blocks_of_convolution(weight, (1, 1), (1, 1))
+    if not tile:
         raise SystemExit(f"kernels.py: there is no Winograd convolution in {dtype} here (reverie doctor says why)")
-    transformed, wide = winograd.transform(weight, m, dtype), bias.float()
+    transformed, wide = winograd.transform(weight, tile, dtype), bias.float()
     works = [lambda: convolve(x, blocks, bias, (1, 1), (1, 1)), lambda: winograd.convolve(x, transformed, wide)]
     times = medians(works, runs)
     wanted = F.conv2d(x[:1].double(), weight.double(), bias.double(), padding=1)
@@ -206,7 +206,7 @@ def packed_convolution(shape: tuple[int, ...], dtype: torch.dtype, runs: int) ->
         }
         for name, work, seconds in zip(("plain", "fast"), works, times, strict=True)
     }
-    return {"m": m} | found
+    return {"tile": tile} | found
 
 
 def trained_convolution(shape: tuple[int, ...], dtype: torch.dtype, runs: int) -> dict[str, Any]:

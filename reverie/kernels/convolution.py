@@ -126,8 +126,8 @@ def gradient_of_images(dy: Result, x: Image, weight: Float[Tensor, "o i 3 3"]) -
         weight: The weight, in the dtype that it is trained in.
     """
     outer, inner = weight.shape[:2]
-    if m := winograd.tile(outer, inner, dy.dtype):
-        return winograd.convolve(dy, winograd.transform(weight.flip(2, 3).transpose(0, 1), m, dy.dtype), None)
+    if tile := winograd.tile(outer, inner, dy.dtype, trained=True):
+        return winograd.convolve(dy, winograd.transform(weight.flip(2, 3).transpose(0, 1), tile, dy.dtype), None)
     wanted = [True, False, False]
     settings = ([1, 1], [1, 1], [1, 1], False, [0, 0], 1, wanted)  # stride, padding, dilation, not transposed, groups
     return torch.ops.aten.convolution_backward(dy, x, weight.to(dy.dtype), None, *settings)[0]

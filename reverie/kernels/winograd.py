@@ -2,20 +2,22 @@ r"""Convolutions of 3x3, of stride 1 and padding 1, with fewer multiplications, 
 
     y = A^T ( sum_i (G g_i G^T) * (B^T d_i B) ) A                                                       (1)
 
-for each tile of m x m pixels, made of the (m + 2) x (m + 2) that it sees of each input i: m = 2 takes 16
-multiplications where a plain convolution takes 36, and m = 4 takes 36 where it takes 144. G g G^T is worked out once,
-in float64. The matrices are those of polynomials at m + 1 points and infinity,
+for each tile of m x n pixels, made of the (m + 2) x (n + 2) that it sees of each input i: 2 x 2 take 16
+multiplications where a plain convolution takes 36, 2 x 4 take 24 where it takes 72, and 4 x 4 take 36 where it takes
+144. G g G^T is worked out once, in float64. The matrices, one for each side, are those of polynomials at m + 1 points
+and infinity,
 
     A^T = [ p^k ],    G = [ p^k / prod_q (p - q) ],    B^T from prod_q (x - q) / (x - p),                    (2)
 
-at 0, 1, -1 for m = 2, and at 0, 1/2, -1/2, 2, -2 for m = 4, which lose less than the usual 0, 1, -1, 2, -2.
+at 0, 1, -1 for m = 2, and at 0, 2/3, -2/3, 3/2, -3/2 for m = 4, which lose less than the usual 0, 1, -1, 2, -2.
 
-What it costs. The weights take (m + 2)^2 / 9 times as much: 1.8 for m = 2, 4 for m = 4. The transformed numbers are
-rounded to bfloat16 where that is the dtype: with m = 2 a result is off by 3.3e-3 where a plain convolution is by 1.7e-3
-(relative, of weights and images that are exact), with m = 4 by 1.2e-2, which is too much. In float32 the error is some
-3e-7 and 2e-6. A NaN or an infinity makes NaN of the tiles that see it, not only of the pixels that do.
+What it costs. The weights take (m + 2)(n + 2) / 9 times as much: 1.8 for 2 x 2, 2.7 for 2 x 4, 4 for 4 x 4. The
+transformed numbers are rounded to bfloat16 where that is the dtype: by 2 x 2 a result is off by 3.2e-3 where a plain
+convolution is by 1.7e-3 (relative, of weights and images that are exact), by 2 x 4 by 4.9e-3, and 4 x 4 is too much. In
+float32 the error is some 3e-7 (2 x 2) and 1.5e-6 (4 x 4). A NaN or an infinity makes NaN of the tiles that see it, not
+only of the pixels that do.
 
-Which m serves a layer is decided by its numbers of inputs and outputs alone (`tile`), so that a sample's bits depend
+Which tile serves a layer is decided by its numbers of inputs and outputs alone (`tile`), so that a sample's bits depend
 neither on the batch nor on the threads: they are sums over the inputs in their order.
 
 References:
@@ -36,9 +38,11 @@ from torch import Tensor
 
 from reverie.kernels.dispatch import SUFFIX, call, fast, has, integers, pointer, widths
 
-POINTS = {2: (0, 1, -1), 4: (0, Fraction(1, 2), Fraction(-1, 2), 2, -2)}
+Tile = tuple[int, int]  # its height and width in pixels
+
+POINTS = {2: (0, 1, -1), 4: (0, Fraction(2, 3), Fraction(-2, 3), Fraction(3, 2), Fraction(-3, 2))}
 FEWEST = 32  # inputs and outputs: with fewer, the transforms take what is saved
-MOST = 3 * 2**19  # inputs times outputs, with m = 4: its weights take 36 numbers for each, 216 MiB
+MOST = 3 * 2**19  # inputs times outputs, with tiles of 4 x 4: the weights take 36 numbers for each, 216 MiB
 
 
 class Transformed(NamedTuple):
@@ -46,12 +50,12 @@ class Transformed(NamedTuple):
 
     Arguments:
         numbers: G g G^T, in panels of outputs, as csrc/winograd.h reads them.
-        m: Pixels of a tile's side.
+        tile: Its height and width.
         inner, outer: The numbers of inputs and outputs.
     """
 
     numbers: Float[Tensor, " n"]
-    m: int
+    tile: Tile
     inner: int
     outer: int
 
@@ -90,35 +94,46 @@ def polynomial(roots: list[Fraction]) -> list[Fraction]:
     return found
 
 
-def tile(inner: int, outer: int, dtype: torch.dtype) -> int:
-    """Return the m that serves a convolution best here, or 0 where a plain one does.
+def tile(inner: int, outer: int, dtype: torch.dtype, trained: bool = False) -> Tile | None:
+    """Return the tile that serves a convolution best here, or None where a plain one does.
+
+    Arguments:
+        inner, outer: The numbers of inputs and outputs.
+        dtype: That of images and weights.
+        trained: Whether the weight changes, and is transformed at each step.
 
     Example:
         >>> tile(3, 64, torch.float32)
-        0
     """
     if min(inner, outer) < FEWEST or dtype not in SUFFIX:
-        return 0
-    m = 4 if dtype == torch.float32 and inner * outer <= MOST else 2
-    return m if fast() and has(f"reverie_winograd{m}{SUFFIX[dtype]}") else 0
+        return None
+    found = (4, 4) if inner * outer <= MOST else (2, 2)
+    if dtype == torch.bfloat16:
+        found = (2, 2) if trained else (2, 4)
+    return found if fast() and has(named(found, dtype)) else None
 
 
-def transform(weight: Float[Tensor, "o i h w"], m: int, dtype: torch.dtype) -> Transformed:
+def named(tile: Tile, dtype: torch.dtype, part: str = "") -> str:
+    """Return the name of the library's function for a tile and a dtype."""
+    return f"reverie_winograd{tile[0]}{tile[1]}{part}{SUFFIX[dtype]}"
+
+
+def transform(weight: Float[Tensor, "o i h w"], tile: Tile, dtype: torch.dtype) -> Transformed:
     """Return a weight of 3x3 as (1) multiplies by it, rounded once to a dtype.
 
     Arguments:
         weight: g (O, I, 3, 3).
-        m: Pixels of a tile's side, as `tile` has it.
+        tile: Its height and width, as `tile` has them.
         dtype: That of the images.
     """
     outer, inner = weight.shape[:2]
     vector, _ = widths()
     wide = -(-outer // vector) * vector
-    numbers = torch.empty((m + 2) ** 2 * padded(inner, dtype) * wide, dtype=dtype)
+    numbers = torch.empty((tile[0] + 2) * (tile[1] + 2) * padded(inner, dtype) * wide, dtype=dtype)
     plain = weight.detach().float().contiguous()
     sizes = ctypes.c_int64(outer), ctypes.c_int64(inner)
-    call(f"reverie_winograd{m}_weights{SUFFIX[dtype]}", pointer(plain), *sizes, pointer(numbers))
-    return Transformed(numbers, m, inner, outer)
+    call(named(tile, dtype, "_weights"), pointer(plain), *sizes, pointer(numbers))
+    return Transformed(numbers, tile, inner, outer)
 
 
 def padded(inner: int, dtype: torch.dtype) -> int:
@@ -145,7 +160,7 @@ def convolve(
     if y.numel():
         shape = integers(samples, height, width, inner, weight.outer)
         arrays = pointer(x), pointer(weight.numbers), pointer(bias), pointer(y)
-        call(f"reverie_winograd{weight.m}{SUFFIX[x.dtype]}", shape, *arrays)
+        call(named(weight.tile, x.dtype), shape, *arrays)
     return y
 
 
@@ -153,25 +168,24 @@ def plain(
     x: Float[Tensor, "b i h w"], weight: Transformed, bias: Float[Tensor, " o"] | None
 ) -> Float[Tensor, "b o h w"]:
     """The twin: (1) by PyTorch, for what the library can't be given."""
-    m, (height, width) = weight.m, x.shape[2:]
-    after, _, before = (matrix.float() for matrix in matrices(m))
-    high, wide = -(-height // m), -(-width // m)
-    tiles = (
-        F.pad(x.float(), (1, wide * m + 1 - width, 1, high * m + 1 - height)).unfold(2, m + 2, m).unfold(3, m + 2, m)
-    )
-    seen = torch.einsum("pr,bihwrs,qs->pqbhwi", before, tiles, before).to(weight.numbers.dtype).float()
+    (m, n), (height, width) = weight.tile, x.shape[2:]
+    (after, _, before), (after2, _, before2) = (map(torch.Tensor.float, matrices(side)) for side in weight.tile)
+    high, wide = -(-height // m), -(-width // n)
+    padded_x = F.pad(x.float(), (1, wide * n + 1 - width, 1, high * m + 1 - height))
+    tiles = padded_x.unfold(2, m + 2, m).unfold(3, n + 2, n)
+    seen = torch.einsum("pr,bihwrs,qs->pqbhwi", before, tiles, before2).to(weight.numbers.dtype).float()
     products = torch.einsum("pqbhwi,pqio->pqbohw", seen, unpacked(weight).float())
-    y = torch.einsum("rp,pqbohw,sq->bohrws", after, products, after).flatten(4).flatten(2, 3)[:, :, :height, :width]
+    y = torch.einsum("rp,pqbohw,sq->bohrws", after, products, after2).flatten(4).flatten(2, 3)[:, :, :height, :width]
     return (y if bias is None else y + bias[:, None, None]).to(x.dtype)
 
 
-def unpacked(weight: Transformed) -> Float[Tensor, "n n i o"]:
+def unpacked(weight: Transformed) -> Float[Tensor, "n k i o"]:
     """Return G g G^T of each input and output."""
-    (_, panel), dtype, size = widths(), weight.numbers.dtype, weight.m + 2
+    (_, panel), dtype, (rows, columns) = widths(), weight.numbers.dtype, (side + 2 for side in weight.tile)
     inner, step = padded(weight.inner, dtype), 2 if dtype == torch.bfloat16 else 1
-    wide = weight.numbers.numel() // (size**2 * inner)
-    parts = weight.numbers.split(size**2 * inner * panel)
+    wide = weight.numbers.numel() // (rows * columns * inner)
+    parts = weight.numbers.split(rows * columns * inner * panel)
     counts = [min(panel, wide - first) for first in range(0, wide, panel)]
-    panels = [part.view(size, size, inner // step, count, step) for part, count in zip(parts, counts, strict=True)]
-    whole = torch.cat([part.transpose(3, 4).reshape(size, size, inner, -1) for part in panels], -1)
+    panels = [part.view(rows, columns, inner // step, count, step) for part, count in zip(parts, counts, strict=True)]
+    whole = torch.cat([part.transpose(3, 4).reshape(rows, columns, inner, -1) for part in panels], -1)
     return whole[:, :, : weight.inner, : weight.outer]

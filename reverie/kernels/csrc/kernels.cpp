@@ -187,10 +187,10 @@ API int reverie_panel() { return PANEL * W; }
 API int reverie_vector() { return W; }
 
 // Samples share blocks of tiles; where there are fewer blocks than threads, the outputs are shared out as well.
-template <int M, class N, class T = typename N::Number>
+template <int HIGH, int WIDE, class N, class T = typename N::Number>
 static int winograd(const int64_t* shape, const T* x, const float* u, const float* bias, T* y, int threads) {
     const Image n{shape[0], shape[1], shape[2], shape[3], shape[4]};
-    const Winograd<M, N> w(n, x, u, bias, y);
+    const Winograd<HIGH, WIDE, N> w(n, x, u, bias, y);
     const long panels = (w.vectors() + PANEL - 1) / PANEL;
     long blocks = (w.tiles + TILES - 1) / TILES;
     if (blocks > threads) blocks = (blocks + threads - 1) / threads * threads;
@@ -206,27 +206,28 @@ static int winograd(const int64_t* shape, const T* x, const float* u, const floa
     return 0;
 }
 
-template <int M, class N>
+template <int HIGH, int WIDE, class N>
 static int winograd_weights(const float* g, int64_t out, int64_t in, typename N::Number* u, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(dynamic) if (threads > 1)
-    for (long first = 0; first < out; first += PANEL * W) transform_panel<M, N>(g, out, in, first, u);
+    for (long first = 0; first < out; first += PANEL * W) transform_panel<HIGH, WIDE, N>(g, out, in, first, u);
     return 0;
 }
 
-#define WINOGRAD(M, N, T, SUFFIX)                                                                                     \
-    API int reverie_winograd##M##SUFFIX(const int64_t* shape, const T* x, const float* u, const float* bias, T* y,    \
-                                        int threads) {                                                                \
-        return winograd<M, N>(shape, x, u, bias, y, threads);                                                         \
+#define WINOGRAD(HIGH, WIDE, N, T, SUFFIX)                                                                            \
+    API int reverie_winograd##HIGH##WIDE##SUFFIX(const int64_t* shape, const T* x, const float* u, const float* bias, \
+                                                 T* y, int threads) {                                                 \
+        return winograd<HIGH, WIDE, N>(shape, x, u, bias, y, threads);                                                \
     }                                                                                                                 \
-    API int reverie_winograd##M##_weights##SUFFIX(const float* g, int64_t out, int64_t in, T* u, int threads) {       \
-        return winograd_weights<M, N>(g, out, in, u, threads);                                                        \
+    API int reverie_winograd##HIGH##WIDE##_weights##SUFFIX(const float* g, int64_t out, int64_t in, T* u,             \
+                                                           int threads) {                                             \
+        return winograd_weights<HIGH, WIDE, N>(g, out, in, u, threads);                                               \
     }
 
-WINOGRAD(2, Single, float, )
-WINOGRAD(4, Single, float, )
+WINOGRAD(2, 2, Single, float, )
+WINOGRAD(4, 4, Single, float, )
 #ifdef __AVX512BF16__
-WINOGRAD(2, Half, uint16_t, _bfloat16)
-WINOGRAD(4, Half, uint16_t, _bfloat16)
+WINOGRAD(2, 2, Half, uint16_t, _bfloat16)
+WINOGRAD(2, 4, Half, uint16_t, _bfloat16)
 #endif
 
 // shape: rows, inputs in words, outputs. Blocks of rows, and where there are fewer of them than threads, of outputs too.

@@ -1,12 +1,12 @@
-// Convolutions of 3x3 (stride 1, padding 1) with fewer multiplications: F(2x2, 3x3), with 16 where 36 are plain, and
-// F(4x4, 3x3), with 36 where 144 are.
+// Convolutions of 3x3 (stride 1, padding 1) with fewer multiplications: F(2x2, 3x3), with 16 where 36 are plain,
+// F(2x4, 3x3), with 24 where 72 are, and F(4x4, 3x3), with 36 where 144 are.
 //
-//     y = A^T ( sum over the inputs of (G g G^T) * (B^T d B) ) A        for each tile of 2x2 or 4x4 pixels
+//     y = A^T ( sum over the inputs of (G g G^T) * (B^T d B) ) A        for each tile of 2x2, 2x4 or 4x4 pixels
 //
 // "Fast Algorithms for Convolutional Neural Networks" (Lavin & Gray, 2015), equations 8 to 12,
 // https://arxiv.org/abs/1509.09308
 //
-// For each of the 16 or 36 positions the sum is a product of matrices, of (tiles, in) and (in, out). A block of tiles is
+// For each of the 16, 24 or 36 positions the sum is a product of matrices, of (tiles, in) and (in, out). A block of tiles is
 // transformed, multiplied by a panel of outputs at all positions, and transformed back while that is in the cache. What a
 // tile comes to does not depend on the others of its block.
 #pragma once
@@ -35,38 +35,40 @@ template <> struct Side<2> {
     }
 };
 
-// At 0, 1/2, -1/2, 2, -2 and infinity: nearer to each other in size than the usual 0, 1, -1, 2, -2, so that less is lost.
+// At 0, 2/3, -2/3, 3/2, -3/2 and infinity: nearer to each other in size than the usual 0, 1, -1, 2, -2, so that less is
+// lost.
 template <> struct Side<4> {
     static constexpr int SIZE = 6;
+    static constexpr float P = 2 / 3.f, Q = 3 / 2.f, SUM = P * P + Q * Q;  // P Q is 1
     static constexpr double G[6][3] = {{1, 0, 0},
-                                       {-8 / 15., -4 / 15., -2 / 15.},
-                                       {-8 / 15., 4 / 15., -2 / 15.},
-                                       {1 / 30., 1 / 15., 2 / 15.},
-                                       {1 / 30., -1 / 15., 2 / 15.},
+                                       {-81 / 130., -54 / 130., -36 / 130.},
+                                       {-81 / 130., 54 / 130., -36 / 130.},
+                                       {8 / 65., 12 / 65., 18 / 65.},
+                                       {8 / 65., -12 / 65., 18 / 65.},
                                        {0, 0, 1}};
     static inline __attribute__((always_inline)) void before(V* d, int step) {
         const V a = d[0], b = d[step], c = d[2 * step], e = d[3 * step], f = d[4 * step], g = d[5 * step];
-        const V even = f - all(4) * c, odd = all(0.5f) * e - all(2) * b;
-        const V even2 = f - all(0.25f) * c, odd2 = all(2) * e - all(0.5f) * b;
-        d[0] = a - all(4.25f) * c + f;
+        const V even = f - all(Q * Q) * c, odd = all(P) * e - all(Q) * b;
+        const V even2 = f - all(P * P) * c, odd2 = all(Q) * e - all(P) * b;
+        d[0] = a - all(SUM) * c + f;
         d[step] = even + odd, d[2 * step] = even - odd;
         d[3 * step] = even2 + odd2, d[4 * step] = even2 - odd2;
-        d[5 * step] = b - all(4.25f) * e + g;
+        d[5 * step] = b - all(SUM) * e + g;
     }
     static inline __attribute__((always_inline)) void after(const V* m, int step, V* y, int to) {
         const V sum = m[step] + m[2 * step], off = m[step] - m[2 * step];
         const V sum2 = m[3 * step] + m[4 * step], off2 = m[3 * step] - m[4 * step];
         y[0] = m[0] + sum + sum2;
-        y[to] = all(0.5f) * off + all(2) * off2;
-        y[2 * to] = all(0.25f) * sum + all(4) * sum2;
-        y[3 * to] = all(0.125f) * off + all(8) * off2 + m[5 * step];
+        y[to] = all(P) * off + all(Q) * off2;
+        y[2 * to] = all(P * P) * sum + all(Q * Q) * sum2;
+        y[3 * to] = all(P * P * P) * off + all(Q * Q * Q) * off2 + m[5 * step];
     }
 };
 
-template <int M, class N> struct Winograd {
+// Tiles of HIGH x WIDE pixels.
+template <int HIGH, int WIDE, class N> struct Winograd {
     using T = typename N::Number;
-    using S = Side<M>;
-    static constexpr int SIZE = S::SIZE, POSITIONS = SIZE * SIZE;
+    static constexpr int ROWS = Side<HIGH>::SIZE, COLS = Side<WIDE>::SIZE, POSITIONS = ROWS * COLS;
     static constexpr long COLUMNS = PANEL * W;
 
     Image n;
@@ -77,8 +79,8 @@ template <int M, class N> struct Winograd {
     long across, each, tiles, rows;  // tiles in a row, in a sample, in all; words of a row of `in`
 
     Winograd(const Image& n, const T* x, const float* u, const float* bias, T* y)
-        : n(n), x(x), u(u), bias(bias), y(y), across((n.width + M - 1) / M),
-          each(across * ((n.height + M - 1) / M)), tiles(n.samples * each), rows(words<N>(n.in)) {}
+        : n(n), x(x), u(u), bias(bias), y(y), across((n.width + WIDE - 1) / WIDE),
+          each(across * ((n.height + HIGH - 1) / HIGH)), tiles(n.samples * each), rows(words<N>(n.in)) {}
 
     long vectors() const { return (n.out + W - 1) / W; }
     // A line more, so that positions are not all at the same place of a page.
@@ -87,11 +89,11 @@ template <int M, class N> struct Winograd {
 
     // The pixels that a tile is made of; those beyond the image are zeros.
     void pixels(long tile, const T* zeros, const T* (&from)[POSITIONS]) const {
-        const long b = tile / each, top = tile % each / across * M - 1, left = tile % across * M - 1;
-        for (long i = 0; i < SIZE; i++)
-            for (long j = 0; j < SIZE; j++) {
+        const long b = tile / each, top = tile % each / across * HIGH - 1, left = tile % across * WIDE - 1;
+        for (long i = 0; i < ROWS; i++)
+            for (long j = 0; j < COLS; j++) {
                 const bool in = top + i >= 0 && top + i < n.height && left + j >= 0 && left + j < n.width;
-                from[i * SIZE + j] = in ? x + ((b * n.height + top + i) * n.width + left + j) * n.in : zeros;
+                from[i * COLS + j] = in ? x + ((b * n.height + top + i) * n.width + left + j) * n.in : zeros;
             }
     }
 
@@ -107,9 +109,9 @@ template <int M, class N> struct Winograd {
                 for (int p = 0; p < POSITIONS; p++) d[p] = load_part(from[p] + c, int(left));
             }
 #pragma GCC unroll 6
-            for (int j = 0; j < SIZE; j++) S::before(d + j, SIZE);
+            for (int j = 0; j < COLS; j++) Side<HIGH>::before(d + j, COLS);
 #pragma GCC unroll 6
-            for (int i = 0; i < SIZE; i++) S::before(d + i * SIZE, 1);
+            for (int i = 0; i < ROWS; i++) Side<WIDE>::before(d + i * COLS, 1);
             const long whole = left < W ? (left + N::STEP - 1) / N::STEP * N::STEP : W;
             if (whole == W) {
 #pragma GCC unroll 36
@@ -123,21 +125,22 @@ template <int M, class N> struct Winograd {
 
     // A^T m A of a tile, with the bias, to the pixels that there are.
     void after(long tile, const float* m, long first, int count) const {
-        const long b = tile / each, top = tile % each / across * M, left = tile % across * M;
-        const long high = n.height - top < M ? n.height - top : M, wide = n.width - left < M ? n.width - left : M;
+        const long b = tile / each, top = tile % each / across * HIGH, left = tile % across * WIDE;
+        const long high = n.height - top < HIGH ? n.height - top : HIGH;
+        const long wide = n.width - left < WIDE ? n.width - left : WIDE;
         T* to = y + ((b * n.height + top) * n.width + left) * n.out + first;
         for (long c = 0; c < count; c += W) {
-            V sums[POSITIONS], half[M * SIZE], out[M * M];
+            V sums[POSITIONS], half[HIGH * COLS], out[HIGH * WIDE];
 #pragma GCC unroll 36
             for (int p = 0; p < POSITIONS; p++) sums[p] = load(m + p * TILES * COLUMNS + c);
 #pragma GCC unroll 6
-            for (int j = 0; j < SIZE; j++) S::after(sums + j, SIZE, half + j, SIZE);
+            for (int j = 0; j < COLS; j++) Side<HIGH>::after(sums + j, COLS, half + j, COLS);
             const V more = bias ? load_n(bias + first + c, count - c) : V{};
 #pragma GCC unroll 4
-            for (int i = 0; i < M; i++) S::after(half + i * SIZE, 1, out + i * M, 1);
+            for (int i = 0; i < HIGH; i++) Side<WIDE>::after(half + i * COLS, 1, out + i * WIDE, 1);
             for (long i = 0; i < high; i++)
                 for (long j = 0; j < wide; j++)
-                    store_n(to + (i * n.width + j) * n.out + c, out[i * M + j] + more, count - c);
+                    store_n(to + (i * n.width + j) * n.out + c, out[i * WIDE + j] + more, count - c);
         }
     }
 
@@ -165,23 +168,23 @@ template <int M, class N> struct Winograd {
 };
 
 // G g G^T of weights (out, in, 3, 3), as `Winograd` reads them.
-template <int M, class N>
+template <int HIGH, int WIDE, class N>
 static void transform_panel(const float* g, long out, long in, long first, typename N::Number* u) {
-    using S = Side<M>;
-    constexpr int SIZE = S::SIZE, COLUMNS = PANEL * W;
+    constexpr int ROWS = Side<HIGH>::SIZE, COLS = Side<WIDE>::SIZE, COLUMNS = PANEL * W;
     const long rows = words<N>(in), left = (out - first + W - 1) / W * W, width = left < COLUMNS ? left : COLUMNS;
-    u += first * SIZE * SIZE * rows * N::STEP;
+    u += first * ROWS * COLS * rows * N::STEP;
+    const auto& down = Side<HIGH>::G;
     for (long i = 0; i < rows * N::STEP; i++) {
-        double d[3][3][COLUMNS] = {}, half[SIZE][3][COLUMNS];
+        double d[3][3][COLUMNS] = {}, half[ROWS][3][COLUMNS];
         for (long o = 0; o < width && first + o < out && i < in; o++)
             for (int k = 0; k < 9; k++) d[k / 3][k % 3][o] = g[((first + o) * in + i) * 9 + k];
-        for (int a = 0; a < SIZE; a++)
+        for (int a = 0; a < ROWS; a++)
             for (int k = 0; k < 3; k++)
                 for (int o = 0; o < COLUMNS; o++)
-                    half[a][k][o] = S::G[a][0] * d[0][k][o] + S::G[a][1] * d[1][k][o] + S::G[a][2] * d[2][k][o];
-        for (int p = 0; p < SIZE * SIZE; p++) {
-            const auto& row = half[p / SIZE];
-            const auto& factor = S::G[p % SIZE];
+                    half[a][k][o] = down[a][0] * d[0][k][o] + down[a][1] * d[1][k][o] + down[a][2] * d[2][k][o];
+        for (int p = 0; p < ROWS * COLS; p++) {
+            const auto& row = half[p / COLS];
+            const auto& factor = Side<WIDE>::G[p % COLS];
             float full[COLUMNS];
             typename N::Number rounded[COLUMNS];
             for (int o = 0; o < COLUMNS; o++)
