@@ -115,19 +115,23 @@ def theirs_of(network: torch.nn.Module, given: Told) -> torch.Tensor:
     return network(given.x, given.time, given.context, added_cond_kwargs=more, return_dict=False)[0]
 
 
-def gpu_peers(theirs: torch.nn.Module, ours: torch.nn.Module, given: Told, dtype: torch.dtype) -> dict[str, Callable]:
+def gpu_peers(
+    theirs: torch.nn.Module, ours: torch.nn.Module, given: Told, options: argparse.Namespace
+) -> dict[str, Callable]:
     """Return calls on a GPU: ours recorded and not, diffusers' as it is and compiled."""
     from reverie.networks.replayed import Replayed
 
     graphs, last = Replayed(ours), given.channels_last()
+    dtype = getattr(torch, options.dtype)
     same, cast = theirs.to(dtype), given.to(dtype)
     compiled = torch.compile(copy.deepcopy(same).to(memory_format=torch.channels_last), mode="reduce-overhead")
-    return {
+    every = {
         "reverie": lambda: graphs(last.x, last.time, context=last.context, **last.added),
         "reverie, not recorded": lambda: ours(last.x, last.time, context=last.context, **last.added),
         "diffusers": lambda: theirs_of(same, cast),
         "diffusers, compiled": lambda: theirs_of(compiled, cast.channels_last()),
     }
+    return {name: call for name, call in every.items() if name.split(", ")[-1] not in options.without.split(",")}
 
 
 def openvino(
@@ -198,7 +202,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--xl", action="store_true", help="Stable Diffusion XL's U-Net")
     parser.add_argument("--size", type=int, help="latents a side")
     parser.add_argument("--width", type=int, default=320, help="channels of the first level")
-    parser.add_argument("--without", default="", help="peers to leave out, with commas: diffusers, openvino")
+    parser.add_argument("--without", default="", help="peers to leave out, with commas: diffusers, openvino, compiled")
     parser.add_argument("--json", type=Path)
     return parser.parse_args()
 
@@ -239,7 +243,7 @@ def main() -> None:
     if device == "cuda":
         pack(ours.requires_grad_(False), dtype)
         preparation["reverie"] = time.perf_counter() - began
-        peers = gpu_peers(theirs, ours, given, dtype)
+        peers = gpu_peers(theirs, ours, given, options)
     else:
         peers = cpu_peers(theirs, ours, given, options, preparation)
         began = time.perf_counter()

@@ -1,12 +1,13 @@
-r"""Group norm and gated units on a GPU, each in as few walks over memory as there must be, in Triton.
+r"""Norms and gated units on a GPU, each in as few walks over memory as there must be, in Triton.
 
     mu, M2 of a block of n pixels, for each channel; of a group,  mu = sum n_i mu_i / N,
     var = sum (M2_i + n_i (mu_i - mu)^2) / N                                                                         (1)
     y = act(x A + B),    A = a (1 + scale),    B = (b + (add - mu) a) (1 + scale) + shift,    a = w / sqrt(var + eps)(2)
 
 PyTorch's group norm turns an image in channels-last around and back, and knows nothing of the activation, nor of what
-is added before or scales after it. Here x is read twice and y written once. The sums are those of Chan et al., in
-float32, in an order that depends on the image's size alone: a sample's bits are its own.
+is added before or scales after it. Here x is read twice and y written once; where a group is small enough to be held, x
+is read once. The sums are those of Chan et al., in float32, in an order that depends on the image's size alone: a
+sample's bits are its own.
 
 Triton comes with PyTorch for NVIDIA's and AMD's GPUs; without it, and where a gradient is asked for, the twins of
 `reverie.kernels.norm` and `reverie.kernels.gate` serve.
@@ -28,6 +29,8 @@ from reverie.kernels.dispatch import mode, traced
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PIXELS, CHANNELS, ROWS = 32, 128, 32  # a block's, and how many blocks' sums are taken up at once
+HELD = 2**15  # numbers of a group that one program holds
+TOKENS = 4096  # numbers of the rows that one program holds
 NUMBERS = 1024  # of a block of gated units
 
 
@@ -78,21 +81,50 @@ def group_norm(
         add: What is added to x before all (B, C).
     """
     batch, channels, height, width = x.shape
-    pixels = height * width
+    pixels, each = height * width, channels // groups
+    y, held = torch.empty_like(x), power(pixels) * power(each)
+    if held <= HELD:
+        parts = (None if part is None else part.contiguous() for part in (weight, bias, scale, shift, add))
+        kernels().whole[(groups, batch)](
+            x, *parts, y, pixels, channels, each, eps, SILU=silu, PIXELS=power(pixels), WIDTH=power(each),
+            num_warps=min(max(held // 2048, 4), 16),
+        )  # fmt: skip
+        return y
     blocks, columns = -(-pixels // PIXELS), -(-channels // CHANNELS)
     weight, bias, scale, shift, add = (
         None if part is None else part.contiguous() for part in (weight, bias, scale, shift, add)
     )
     means, squares = (x.new_empty(batch, blocks, channels, dtype=torch.float32) for _ in range(2))
     slopes, offsets = (x.new_empty(batch, channels, dtype=torch.float32) for _ in range(2))
-    y = torch.empty_like(x)
     found, grid = kernels(), (blocks, columns, batch)
     found.moments[grid](x, add, means, squares, pixels, channels, PIXELS=PIXELS, CHANNELS=CHANNELS)
     found.lines[(groups, batch)](
-        means, squares, weight, bias, scale, shift, add, slopes, offsets, pixels, channels, channels // groups, eps,
-        BLOCKS=blocks, PIXELS=PIXELS, ROWS=ROWS, WIDTH=2 ** (channels // groups - 1).bit_length(),
+        means, squares, weight, bias, scale, shift, add, slopes, offsets, pixels, channels, each, eps,
+        BLOCKS=blocks, PIXELS=PIXELS, ROWS=ROWS, WIDTH=power(each),
     )  # fmt: skip
     found.apply[grid](x, slopes, offsets, y, pixels, channels, SILU=silu, PIXELS=PIXELS, CHANNELS=CHANNELS)
+    return y
+
+
+def power(n: int) -> int:
+    """Return the least power of two that is not below n.
+
+    Example:
+        >>> power(20), power(32)
+        (32, 32)
+    """
+    return 1 << (n - 1).bit_length()
+
+
+def layer_norm(
+    x: Float[Tensor, "... c"], weight: Float[Tensor, " c"] | None, bias: Float[Tensor, " c"] | None, eps: float
+) -> Float[Tensor, "... c"]:
+    """Return the layer norm of rows, of x's dtype whatever that of the weights."""
+    x = x.contiguous()
+    y, width = torch.empty_like(x), x.shape[-1]
+    rows, wide = x.numel() // width, power(width)
+    many = max(TOKENS // wide, 1)
+    kernels().layer[(-(-rows // many),)](x, weight, bias, y, rows, width, eps, ROWS=many, WIDTH=wide)
     return y
 
 

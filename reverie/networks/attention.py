@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from reverie.kernels import attention, gated, linear, self_attention
-from reverie.networks.layers import GroupNorm, Image, Linear, Resized, SizeOf, zeroed
+from reverie.networks.layers import GroupNorm, Image, LayerNorm, Linear, Resized, SizeOf, zeroed
 
 Tokens = Float[Tensor, "b n c"]
 
@@ -223,12 +223,12 @@ class TransformerBlock(nn.Module):
 
     def __init__(self, channels: int, heads: int, head_dim: int, context_dim: int) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(channels)
+        self.norm1 = LayerNorm(channels)
         self.attn1 = Attention(channels, heads, head_dim, bias=False)
         self.attn1.over_pixels = True
-        self.norm2 = nn.LayerNorm(channels)
+        self.norm2 = LayerNorm(channels)
         self.attn2 = Attention(channels, heads, head_dim, context_dim, bias=False)
-        self.norm3 = nn.LayerNorm(channels)
+        self.norm3 = LayerNorm(channels)
         self.ff = GatedMLP(channels)
 
     def forward(self, x: Tokens, context: Float[Tensor, "b l d"]) -> Tokens:

@@ -23,7 +23,7 @@ from jaxtyping import Float, Real
 from torch import Tensor, nn
 
 from reverie.base.errors import UsageError
-from reverie.kernels import ACTIVATIONS, attention, convolution, group_norm, linear, self_attention
+from reverie.kernels import ACTIVATIONS, attention, convolution, group_norm, layer_norm, linear, self_attention
 
 __all__ = ["ACTIVATIONS", "attention", "group_norm", "linear", "self_attention"]
 
@@ -48,6 +48,13 @@ class GroupNorm(nn.GroupNorm):
         add: Tensor | None = None,
     ) -> Tensor:
         return group_norm(input, self.num_groups, self.weight, self.bias, self.eps, act, scale, shift, add)
+
+
+class LayerNorm(nn.LayerNorm):
+    """nn.LayerNorm of the last dimension on the operator of `reverie.kernels`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return layer_norm(input, self.weight, self.bias, self.eps)
 
 
 class Conv2d(nn.Conv2d):

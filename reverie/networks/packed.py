@@ -9,7 +9,8 @@ What changes, and what each change does to the numbers:
   bfloat16 a layer's rounding is three times a plain one's, and weights take 2.7 times as much, in float32 up to 4.
 - **Linear layers** go by panels of the library's where it serves them (`reverie.kernels.panels`), and a transformer's
   gated units are done with the product: what is between them is never rounded nor written.
-- **Norms** keep their weights in float32, and take their sums in it; on a GPU those of tokens have theirs in the dtype.
+- **Norms** keep their weights in float32, and take their sums in it.
+- **Biases** of a residual block's convolutions, on a GPU, join one that is added anyway: each is a walk over memory.
 - **Self-attention** reads its tokens once, for queries, keys and values together.
 - **Attention to a context** works its keys and values out once for each context, as long as that is there: they
   depend on the words alone, and are the same at every step.
@@ -35,6 +36,7 @@ from reverie.kernels.winograd import Transformed
 from reverie.networks.attention import Attention, Gate
 from reverie.networks.autoencoder import ConvolutionalAutoencoder
 from reverie.networks.captioned import Captioned
+from reverie.networks.layers import ResidualBlock
 from reverie.networks.tiny_autoencoder import TinyAutoencoder
 from reverie.networks.unet import UNet
 
@@ -236,18 +238,27 @@ def pack(network: nn.Module, dtype: torch.dtype = torch.float32, bits8: bool = F
         (True, torch.Size([2, 1, 8, 8]))
     """
     for part in packable(network):
+        for block in [module for module in part.modules() if isinstance(module, ResidualBlock)]:
+            if block.conv1.weight.is_cuda:
+                join_biases(block)
         for attention in [module for module in part.modules() if isinstance(module, Attention)]:
             pack_attention(attention, dtype, bits8)
         ends = end_layers(part)
         for parent, name, layer in list(layers_of(part)):
             setattr(parent, name, packed(layer, dtype, bits8, layer is ends[0], layer is ends[1]))
-        for norm in [module for module in part.modules() if isinstance(module, nn.LayerNorm)]:
-            if norm.weight.is_cuda:
-                norm.to(dtype)  # PyTorch takes no mixture there
     done = [module for module in network.modules() if isinstance(module, Packed)]
     off, whole = sum((module.error for module in done), torch.zeros(2, dtype=torch.float64)).tolist()
     numbers, size = sum(module.numbers for module in done), sum(module.bytes for module in done)
     return Packing(numbers, size, (off / whole) ** 0.5 if whole else 0.0)
+
+
+def join_biases(block: ResidualBlock) -> None:
+    """Move the biases of a block's convolutions into its time's and its shortcut's: the sums are the same."""
+    time, short = None if block.scale_shift else block.time_emb_proj, block.conv_shortcut
+    for conv, other in ((block.conv1, time), (block.conv2, short)):
+        if conv.bias is not None and other is not None and other.bias is not None:
+            other.bias = nn.Parameter(other.bias + conv.bias, requires_grad=False)
+            conv.bias = None
 
 
 def pack_attention(attention: Attention, dtype: torch.dtype, bits8: bool) -> None:

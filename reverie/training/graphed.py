@@ -69,6 +69,8 @@ class InOrder(nn.Module):
 
 def record(network: nn.Module, given: dict[str, Tensor]) -> Callable[..., Tensor]:
     """Return the recorded call of a network with tensors of these shapes."""
+    # Recording is done beside the stream of the later calls, of which PyTorch would warn at each run.
+    torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
     held = tuple(value.detach().clone() for value in given.values())
     on, dtype = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
     # Casts that are kept from call to call would be those of the first weights.
