@@ -22,7 +22,7 @@ References:
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -254,8 +254,9 @@ def pack(network: nn.Module, dtype: torch.dtype = torch.float32, bits8: bool = F
 
 def join_biases(block: ResidualBlock) -> None:
     """Move the biases of a block's convolutions into its time's and its shortcut's: the sums are the same."""
-    time, short = None if block.scale_shift else block.time_emb_proj, block.conv_shortcut
-    for conv, other in ((block.conv1, time), (block.conv2, short)):
+    time: Any = None if block.scale_shift else block.time_emb_proj
+    conv: Any
+    for conv, other in ((block.conv1, time), (block.conv2, block.conv_shortcut)):
         if conv.bias is not None and other is not None and other.bias is not None:
             other.bias = nn.Parameter(other.bias + conv.bias, requires_grad=False)
             conv.bias = None
