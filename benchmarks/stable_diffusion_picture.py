@@ -6,8 +6,9 @@ Each contestant runs in a process of its own, from imports to the decoded pictur
 (for OpenVINO converting and compiling too), of the first step, of each further one, of decoding; the most memory that
 was resident, and how much of it was taken rather than mapped from the file, which the system can drop. Random weights
 of the real architecture, written to FOLDER where it is not there yet (4 GB, 14 for XL); the prompt and its seed are the
-same, guidance is 7.5, so that a step is a batch of 2. The relative error is of one U-Net step, to reverie exact's. What
-is run once is a hint: `--rounds` repeats all in turn, and medians are shown.
+same, guidance is 7.5, so that a step is a batch of 2. Where there is a GPU, all but OpenVINO draw there. The relative
+error is of one U-Net step, to reverie exact's. What is run once is a hint: `--rounds` repeats all in turn, and medians
+are shown.
 """
 
 import argparse
@@ -28,6 +29,7 @@ from typing import Any
 PACKAGES = ("reverie", "torch", "diffusers", "transformers", "openvino")
 PROMPT = "a photograph of an astronaut riding a horse"
 CONTESTANTS = ("reverie-exact", "reverie-fast", "reverie-fast-int8", "diffusers", "diffusers-bf16", "openvino")
+KNOWN = (*CONTESTANTS, "diffusers-bf16-compiled")
 KIB = 1024
 
 # What a process does --------------------------------------------------------------------------------
@@ -61,6 +63,13 @@ class Stopwatch:
         self.over.set()
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KIB
         return {**self.seconds, "peak": peak, "taken": self.taken}
+
+
+def device() -> str:
+    """Return where all but OpenVINO draw."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def reverie(options: argparse.Namespace, watch: Stopwatch) -> Any:
@@ -101,11 +110,14 @@ def diffusers(options: argparse.Namespace, watch: Stopwatch) -> Any:
         import torch
         from diffusers import DDIMScheduler, DiffusionPipeline
     torch.set_num_threads(options.threads)
-    dtype = torch.bfloat16 if options.child.endswith("bf16") else torch.float32
+    dtype = torch.bfloat16 if "bf16" in options.child else torch.float32
     with watch.during("load"), torch.inference_mode():
         pipeline = DiffusionPipeline.from_pretrained(options.folder, torch_dtype=dtype, local_files_only=True)
+        pipeline.to(device())
         pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
         pipeline.set_progress_bar_config(disable=True)
+        if options.child.endswith("compiled"):
+            pipeline.unet = torch.compile(pipeline.unet.to(memory_format=torch.channels_last), mode="reduce-overhead")
     return draw_by_pipeline(pipeline, options, watch)
 
 
@@ -128,7 +140,8 @@ def draw_by_pipeline(pipeline: Any, options: argparse.Namespace, watch: Stopwatc
             generator=torch.Generator().manual_seed(0), output_type="latent", callback_on_step_end=tick,
         ).images  # fmt: skip
         with watch.during("decode"):
-            pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor)
+            decoded = pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor, return_dict=False)
+            decoded[0].cpu()  # there once it is asked for
 
     def step(x: Any, when: Any, context: Any, pooled: Any = None, sizes: Any = None) -> Any:
         kind = next(pipeline.unet.parameters()).dtype
@@ -192,8 +205,10 @@ def child(options: argparse.Namespace) -> None:
     told: dict[str, Any] = {"context": torch.randn(2, 77, 2048 if options.xl else 768)}
     told |= {"pooled": torch.randn(2, 1280), "sizes": torch.full((2, 6), float(options.size))} if options.xl else {}
     with torch.inference_mode():
-        y = call(torch.randn(2, 4, side, side), torch.tensor([500.0, 500.0]), **told)
-    torch.save(y, options.out)
+        where = "cpu" if options.child == "openvino" else device()
+        told = {name: value.to(where) for name, value in told.items()}
+        y = call(torch.randn(2, 4, side, side).to(where), torch.tensor([500.0, 500.0]).to(where), **told)
+    torch.save(y.cpu(), options.out)
     print(json.dumps(found))
 
 
@@ -283,6 +298,8 @@ def main() -> None:
     if not (options.folder / "model_index.json").is_file():
         prepare(options.folder, options.xl)
     names = options.only.split(",")
+    if unknown := [name for name in names if name not in KNOWN]:
+        parser.error(f"--only: there is no {unknown[0]!r} (known: {', '.join(KNOWN)})")
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     for _ in range(options.rounds):
         for name in names:
