@@ -82,7 +82,7 @@ def reverie(options: argparse.Namespace, watch: Stopwatch) -> Any:
     torch.set_num_threads(options.threads)
     _, speed, *weights = options.child.split("-")
     with watch.during("load"):
-        model = rv.load(options.folder, speed=speed, weights=weights[0] if weights else None)
+        model = rv.load(options.folder, device=device(), speed=speed, weights=weights[0] if weights else None)
     plan = model.plan(1, prompt=PROMPT, guidance=7.5, steps=options.steps, size=options.size, sampler="ddim", seed=0)
     last = time.perf_counter()
 
