@@ -18,6 +18,9 @@ k-diffusion takes part where `pip install --no-deps k-diffusion` has put it: onl
 ours:   auto     what `--sampler auto` takes for a model that it knows nothing of
         tuned    `tune` on the first four mixtures, from other starts
         unseen   the same solver on the other four, which it was not tuned on
+
+With `--schedule flow`, or another, the peers are the published solvers of reverie itself: UniPC 2 and 3 and
+DPM-Solver++ 2M and 3M, each uniform in log-SNR, on Karras' grid and even in time; diffusers' stay with their table.
 """
 
 import argparse
@@ -36,24 +39,23 @@ from torch import Tensor
 
 from reverie.diffusion.denoisers import Denoiser
 from reverie.diffusion.grids import uniform_log_snr
-from reverie.diffusion.oracle_stack import random_stack
+from reverie.diffusion.oracle_stack import random_circles, random_stack
 from reverie.diffusion.polish import follow
 from reverie.diffusion.recipes import general
+from reverie.diffusion.registry import schedules
 from reverie.diffusion.runge_kutta_pair import integrate
 from reverie.diffusion.samplers.learned import Recipe, as_recipe
 from reverie.diffusion.samplers.unipc import UniPC
-from reverie.diffusion.schedules import Schedule
-from reverie.diffusion.schedules import table as make_table
-from reverie.diffusion.starts import stages
+from reverie.diffusion.schedules import Schedule, Table
+from reverie.diffusion.starts import solved, stages
 from reverie.diffusion.trajectories import Trajectories, trajectories
 from reverie.diffusion.tuning import judged, published, tune
 
 PACKAGES = ("reverie", "torch", "numpy", "diffusers", "k-diffusion")
 NFES = (4, 5, 6, 8, 10, 15, 20, 30, 50)
 TUNED_ON, UNSEEN = (0, 1, 2, 3), (100, 101, 102, 103)  # seeds of the mixtures
-POOL = 4096  # starts of each mixture out of which those that a solver is tuned from are drawn
-TRAINING, STAGES = 192, 4  # evenly drawn starts of each mixture in a stage, and as many between two ends; stages
-EXACT = 300  # steps of their exact solution
+TRAINING, STAGES = 192, 4  # evenly drawn starts of each mixture in a stage, and as many at borders; stages
+EXACT, MANY = 300, 1000  # steps of their exact solution; of the truth where a schedule begins with noise alone
 DRAWS = 100  # of the starts, for an interval
 
 
@@ -66,14 +68,22 @@ class Starts:
         count: Starts of each.
         purpose: What they are drawn for.
         folder: Where the truth is kept, and read again.
+        schedule: Their schedule's name.
     """
 
     def __init__(
-        self, dimension: int, seeds: tuple[int, ...], count: int, purpose: str, folder: Path | None = None
+        self,
+        dimension: int,
+        seeds: tuple[int, ...],
+        count: int,
+        purpose: str,
+        folder: Path | None = None,
+        schedule: str = "linear",
     ) -> None:
-        self.denoiser, self.x = random_stack(dimension, seeds, count, make_table("linear"), purpose)
+        self.denoiser, self.x = random_stack(dimension, seeds, count, schedules[schedule](), purpose)
         self.dimension = dimension
-        kept = None if folder is None else folder / f"truth-{purpose}-{dimension}-{len(self.x)}.pt"
+        words = [purpose, dimension, len(self.x), *([] if schedule == "linear" else [schedule])]
+        kept = None if folder is None else folder / f"truth-{'-'.join(map(str, words))}.pt"
         if kept is not None and kept.exists():
             self.truth = torch.load(kept, weights_only=True)
             return
@@ -93,8 +103,10 @@ class Starts:
 
 
 def exact(denoiser: Denoiser, x: Tensor) -> Tensor:
-    """Return where the probability-flow ODE takes x from t = 1."""
+    """Return where the probability-flow ODE takes x from t = 1; of noise alone, by many steps."""
     schedule = denoiser.schedule
+    if schedule.zero_terminal_snr:
+        return solved(denoiser, x, MANY)
     ends = torch.tensor([1.0, schedule.t_min], dtype=torch.float64)
     alpha, sigma = schedule.marginal(ends)
     log_rho = (sigma / alpha).log().tolist()
@@ -140,15 +152,14 @@ class Lessons:
     judging: list[Trajectories]
 
     @staticmethod
-    def of(dimension: int) -> "Lessons":
+    def of(dimension: int, schedule: str) -> "Lessons":
         """Return those of the mixtures that are tuned on."""
-        walked = Starts(dimension, TUNED_ON, TRAINING // 2, "walking").to_fit()
-        fitting, judging = (
-            stages(*random_stack(dimension, TUNED_ON, POOL, make_table("linear"), purpose), len(TUNED_ON), dimension,
-                   [TRAINING] * count, EXACT)
-            for purpose, count in (("tuning", STAGES), ("choosing", 1))
-        )  # fmt: skip
-        return Lessons(walked, fitting, judging[0])
+        walked, fitting = Starts(dimension, TUNED_ON, TRAINING // 2, "walking", schedule=schedule).to_fit(), []
+        for purpose, count in (("tuning", STAGES), ("choosing", 1)):
+            drawn = dimension, TUNED_ON, TRAINING * count, schedules[schedule](), purpose
+            starts = *random_stack(*drawn), random_circles(*drawn)
+            fitting.append(stages(*starts, len(TUNED_ON), dimension, [TRAINING] * count, EXACT))
+        return Lessons(walked, fitting[0], fitting[1][0])
 
 
 def tuned_recipe(lessons: Lessons, evaluations: int, options: argparse.Namespace) -> Recipe:
@@ -164,6 +175,8 @@ def peer_errors(starts: Starts, evaluations: int, folder: Path | None) -> dict[s
     if kept is not None and kept.exists():
         known: dict[str, Tensor] = torch.load(kept, weights_only=True)
         return known
+    if not isinstance(starts.denoiser.schedule, Table):
+        return published_errors(starts, evaluations)
     found = {}
     for name, solve in [*diffusers_solvers(), *k_diffusion_solvers()]:
         try:
@@ -177,6 +190,15 @@ def peer_errors(starts: Starts, evaluations: int, folder: Path | None) -> dict[s
         kept.parent.mkdir(parents=True, exist_ok=True)
         torch.save(found, kept)
     return found
+
+
+def published_errors(starts: Starts, evaluations: int) -> dict[str, Tensor]:
+    """Return the errors of the published solvers that reverie has, by name."""
+    recipes = published([starts.to_fit()], evaluations)
+    names = [f"{solver} {grid}" for solver in ("UniPC 2", "UniPC 3", "2M", "3M") for grid in ("log", "karras", "even")]
+    return {
+        name: starts.errors(fitted(recipe), evaluations).float() for name, recipe in zip(names, recipes, strict=True)
+    }
 
 
 # Two numbers, and how sure they are -----------------------------------------------------------------
@@ -246,6 +268,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--dimensions", default="2,64,3072", help="with commas")
     parser.add_argument("--evaluations", default=",".join(map(str, NFES)), help="with commas")
+    parser.add_argument("--schedule", default="linear", help="by name")
     parser.add_argument("--walks", type=int, default=10, help="candidate grids that tune may try")
     parser.add_argument("--rounds", type=int, default=12, help="rounds of polishing")
     parser.add_argument("--starts", type=int, default=1024, help="starts of each mixture")
@@ -256,9 +279,9 @@ def main() -> None:
     torch.set_grad_enabled(False)
     began, rows = time.perf_counter(), []
     for dimension in map(int, options.dimensions.split(",")):
-        starts = Starts(dimension, (*TUNED_ON, *UNSEEN), options.starts, "solvers", options.peers)
+        starts = Starts(dimension, (*TUNED_ON, *UNSEEN), options.starts, "solvers", options.peers, options.schedule)
         nfes = [int(word) for word in options.evaluations.split(",")]
-        lessons = Lessons.of(dimension) if min(nfes) <= options.most else None
+        lessons = Lessons.of(dimension, options.schedule) if min(nfes) <= options.most else None
         for nfe in nfes:
             recipe = tuned_recipe(lessons, nfe, options) if lessons and nfe <= options.most else None
             rows.append(column(starts, nfe, recipe, options.peers))

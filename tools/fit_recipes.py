@@ -4,7 +4,7 @@
 
 They are fitted, by reverie.diffusion.tuning, to mixtures of Gaussians that are drawn by seeds which nothing else uses;
 no network is among them. There are four for each schedule and number of steps: for samples of fewer than 16 numbers,
-of fewer than 40, of fewer than 2048, and of more. As in `tune`, half of the starts lie between two ends
+of fewer than 40, of fewer than 2048, and of more. As in `tune`, half of the starts lie at borders
 (reverie.diffusion.starts). On mixtures that it was not fitted to, a new solver is set beside the one that the file has
 and beside published ones, and the best of them is kept. What is not named stays as it is.
 """
@@ -25,20 +25,20 @@ from torch import Tensor
 
 from reverie.diffusion.grids import uniform_log_snr
 from reverie.diffusion.levels import levels
-from reverie.diffusion.oracle_stack import random_stack
+from reverie.diffusion.oracle_stack import MixtureStack, random_circles, random_stack
 from reverie.diffusion.polish import attempt, polish
 from reverie.diffusion.recipes import FILE, of_row
 from reverie.diffusion.registry import schedules
 from reverie.diffusion.samplers.exponential import step_weights
 from reverie.diffusion.samplers.learned import Recipe
 from reverie.diffusion.schedules import Schedule
-from reverie.diffusion.starts import stages
+from reverie.diffusion.starts import Circles, stages
 from reverie.diffusion.trajectories import Trajectories, trajectories
 from reverie.diffusion.tuning import PAST, judged, published, tune
 
 STEPS = (5, 10, 20, 15, 8, 6, 4, 3, 2, 1, 7, 9, 12, 11, 13, 14, 16, 18, 50, 30)
 DIMENSIONS = {"points": (2, 4), "few": (16,), "small": (64,), "large": (768, 3072)}
-FIRST_SEED, TEST_SEED, MIXTURES, POOL = 1_000_000, 2_000_000, 6, 2000  # seeds of the mixtures; starts of each
+FIRST_SEED, TEST_SEED, MIXTURES = 1_000_000, 2_000_000, 6  # seeds of the mixtures; how many of them
 FIRST, MORE, TEST = 64, 96, 500  # starts of each, drawn evenly: to walk along, to polish on in a stage, to judge by
 EXACT = 300  # steps of the exact solutions
 WALKS, ROUNDS, STAGES = 10, 12, 2
@@ -57,13 +57,19 @@ class Lessons(NamedTuple):
         """Return those of a schedule."""
         walked, fitting, judging = [], [], []
         for d in dimensions:
-            stack, x = random_stack(d, range(FIRST_SEED, FIRST_SEED + MIXTURES), POOL, schedule, "recipes")
-            first = x.reshape(MIXTURES, POOL, -1)[:, -FIRST:].flatten(0, 1)  # which no stage draws evenly
-            walked.append(replace(trajectories(stack, first), numbers=d))
-            fitting.append(stages(stack, x, MIXTURES, d, [MORE] * STAGES, EXACT))
-            stack, x = random_stack(d, range(TEST_SEED, TEST_SEED + MIXTURES), POOL, schedule, "recipes")
-            judging += stages(stack, x, MIXTURES, d, [TEST], EXACT)[0]
+            walked.append(replace(trajectories(*drawn(schedule, d, FIRST_SEED, FIRST, "walking")[:2]), numbers=d))
+            starts = drawn(schedule, d, FIRST_SEED, MORE * STAGES, "recipes")
+            fitting.append(stages(*starts, MIXTURES, d, [MORE] * STAGES, EXACT))
+            judging += stages(*drawn(schedule, d, TEST_SEED, TEST, "recipes"), MIXTURES, d, [TEST], EXACT)[0]
         return Lessons(walked, [list(chain(*stage)) for stage in zip(*fitting, strict=True)], judging)
+
+
+def drawn(
+    schedule: Schedule, dimension: int, seed: int, count: int, purpose: str
+) -> tuple[MixtureStack, Float[Tensor, "b d"], Circles]:
+    """Return some mixtures, and so many starts of each, drawn evenly and on circles."""
+    what = dimension, range(seed, seed + MIXTURES), count, schedule, purpose
+    return *random_stack(*what), random_circles(*what)
 
 
 def fit(lessons: Lessons, steps: int, known: Sequence[Recipe]) -> Recipe:

@@ -20,6 +20,7 @@ from reverie.base.randomness import normal
 from reverie.diffusion.denoisers import Condition, Denoiser, Estimate, Times
 from reverie.diffusion.oracles import RoundMixture, random_mixture, refuse
 from reverie.diffusion.schedules import Schedule
+from reverie.diffusion.starts import Circles, circles
 
 
 class Shares(NamedTuple):
@@ -120,3 +121,17 @@ def random_stack(
     drawn = [scale * normal((count, dimension), seed, purpose).double() for seed in seeds]
     folded = [random_mixture(dimension, seed, schedule).folded(x) for seed, x in zip(seeds, drawn, strict=True)]
     return MixtureStack([mixture for mixture, _ in folded]), torch.cat([x for _, x in folded])
+
+
+def random_circles(dimension: int, seeds: Sequence[int], count: int, schedule: Schedule, purpose: str) -> Circles:
+    """Return as many circles of starts for each of random_stack's mixtures, all folded (starts.py, 2)."""
+    scale = float(schedule.prior_std(torch.ones(1, dtype=torch.float64)))
+    drawn = [[scale * normal((count, dimension), seed, f"{purpose}, {end}").double() for seed in seeds] for end in "xy"]
+    mixtures = [random_mixture(dimension, seed, schedule) for seed in seeds]
+    unfolded = circles(*(torch.cat(noises) for noises in drawn))
+
+    def folded(angle: Float[Tensor, " m"]) -> Float[Tensor, "m d"]:
+        rows = unfolded(angle).split(count)
+        return torch.cat([mixture.folded(x)[1] for mixture, x in zip(mixtures, rows, strict=True)])
+
+    return folded

@@ -1,17 +1,19 @@
 r"""Polishing a fitted solver: all its times and weights at once, by damped least squares on the error at the end.
 
 The regressions of tuning.py look one step ahead. Here all numbers of a recipe move together, so that the samples come
-nearer to where the exact trajectories end. What is judged is what a user sees of many samples, the typical error and
-the root mean square alike, each set of trajectories counting the same,
+nearer to where the exact trajectories end. What is judged is the typical error and the mean error alike, of several
+sets of trajectories in given parts,
 
-    L = (1 - a) sum_i p_i ln(e_i^2 + f) + a ln sum_i p_i e_i^2 + b sum_kj (1 - rho_(k+1)/rho_k)^2 c_kj^2,  (1)
+    L = (1 - a) sum_i p_i ln d_i^2 + a ln (sum_i p_i d_i)^2 + b sum_kj (1 - rho_(k+1)/rho_k)^2 c_kj^2,     (1)
 
-with e_i = |x_i - x*_i| of sample i (over its sensitivity, in sets between two ends: starts.py), and f a part of the
-median of e_i^2, lest samples that are right already count for most. The last sum is what errors of the single
-estimates, of which a network has some, would add. A logarithm lies below its tangents, so that lowering the squares
-weighted by
+d_i^2 = e_i^2 + f, with e_i = |x_i - x*_i| of sample i, and f a part of the median of e_i^2, lest samples that are right
+already count for most. At borders e_i is over the sample's sensitivity, and the mean then what the share of samples on
+the wrong side, and so the square of the root mean square error of all, is in proportion to (starts.py). The root mean
+square of what is fitted to says less: it is that of the few which are on the wrong side, and moving a solver a little
+moves those a little, within the wrong mode. The last sum is what errors of the single estimates, of which a network
+has some, would add. Logarithms and roots lie below their tangents, so that lowering the squares weighted by
 
-    w_i = p_i (1 - a) / (e_i^2 + f) + p_i a / sum_j p_j e_j^2                                              (2)
+    w_i = p_i (1 - a) / d_i^2 + p_i a / (d_i sum_j p_j d_j)                                                (2)
 
 lowers (1): Levenberg's and Marquardt's rule does. The derivatives are carried along the walk, in forward mode; how an
 estimate changes with x is a difference of two, unless the denoiser says it itself. So nothing is differentiated by a
@@ -43,7 +45,7 @@ from reverie.diffusion.samplers.base import ask
 from reverie.diffusion.samplers.learned import Recipe, factors
 from reverie.diffusion.trajectories import Trajectories
 
-SQUARE = 0.5  # a of (1)
+MEAN = 0.5  # a of (1)
 TYPICAL = 0.1  # f of (1), in medians of the squared error
 NOISE = 1e-3  # b of (1)
 FLOOR = 1e-14  # added to squared errors before their logarithm is taken
@@ -115,15 +117,26 @@ def floor(one: Trajectories, e: Tensor) -> float:
     return TYPICAL * e[order][middle].item() + FLOOR
 
 
+def distances(one: Trajectories, end: Data) -> Float[Tensor, " m"]:
+    """Return d (M,) of (1)."""
+    e = squares(one, end)
+    return (e + floor(one, e)).sqrt()
+
+
+def parts(sets: Sequence[Trajectories]) -> list[float]:
+    """Return for how much of the whole each set counts."""
+    return [one.part / sum(other.part for other in sets) for one in sets]
+
+
 def measure(sets: Sequence[Trajectories], recipe: Recipe, paths: Sequence[Path]) -> float:
     """Return L of (1)."""
     total = 0.0
-    for one, path in zip(sets, paths, strict=True):
-        e = squares(one, path.x[-1])
-        typical = (one.share * (e + floor(one, e)).log()).sum().item()
-        total += (1 - SQUARE) * typical + SQUARE * math.log((one.share * e).sum().item() + FLOOR)
+    for one, path, part in zip(sets, paths, parts(sets), strict=True):
+        d = distances(one, path.x[-1])
+        typical = (one.share * d.log()).sum().item()
+        total += 2 * part * ((1 - MEAN) * typical + MEAN * math.log((one.share * d).sum().item()))
     weights = torch.tensor([c for row in recipe.weights for c in row], dtype=torch.float64)
-    return total / len(sets) + NOISE * float((stiffness(sets[0], recipe) * weights.square()).sum())
+    return total + NOISE * float((stiffness(sets[0], recipe) * weights.square()).sum())
 
 
 def stiffness(one: Trajectories, recipe: Recipe) -> Float[Tensor, " n"]:
@@ -297,11 +310,11 @@ def equations(sets: Sequence[Trajectories], recipe: Recipe, paths: Sequence[Path
     numbers = len(pack(recipe))
     matrix = torch.zeros(numbers, numbers, dtype=torch.float64)
     side = torch.zeros(numbers, dtype=torch.float64)
-    for one, path in zip(sets, paths, strict=True):
+    for one, path, part in zip(sets, paths, parts(sets), strict=True):
         slope = derivatives(one, recipe, path).double()
-        e = squares(one, path.x[-1])
-        weight = one.share * ((1 - SQUARE) / (e + floor(one, e)) + SQUARE / ((one.share * e).sum() + FLOOR))
-        weighted = slope * (weight / (one.numbers * one.scale.square() * len(sets)))[:, None, None]
+        d = distances(one, path.x[-1])
+        weight = part * one.share / d * ((1 - MEAN) / d + MEAN / (one.share * d).sum())
+        weighted = slope * (weight / (one.numbers * one.scale.square()))[:, None, None]
         off = (path.x[-1] - one.end).double().flatten()
         matrix += (weighted.flatten(0, 1).mT @ slope.flatten(0, 1)).cpu()
         side += (off @ weighted.flatten(0, 1)).cpu()

@@ -1,26 +1,30 @@
-r"""Which starts a solver is fitted to: among them those between two ends, which make most of the root mean square.
+r"""Which starts a solver is fitted to: among them those at a border, which make most of the root mean square.
 
 A few starts in a hundred, or in ten thousand, lie so near a border that a solver takes them to the wrong side. Drawn
-evenly, too few are there to learn from. A solver ends where the flow Phi would have from a start beside its own, so
+evenly, next to none is there to learn from. A solver ends where the flow Phi would have from a start beside its own, so
 that it errs by
 
     e = |Phi(x + delta) - Phi(x)| ~ s |delta| / h,    s = |Phi(x + h u) - Phi(x)|,                         (1)
 
-with u a random direction and h small. What can be told from any start is delta; and as a start at a distance d from a
-border ends on the wrong side where |delta| exceeds d, their share is in proportion to |delta| at the border. So out of
-many starts some are drawn with a chance in proportion to s, and their errors count by e / s. (Counted by one over how
-likely they were drawn, and not divided, the same starts give the root mean square itself, but the few that end wrong
-would then be all that is seen, and their derivatives say little of where to go.)
+with u a random direction and h small. What can be told from a start at a border, on whichever side, is delta; and as
+a start at a distance d from it ends on the wrong side where |delta| exceeds d, their share is in proportion to the mean
+of |delta| there. Borders are found on circles of noise: with x and y drawn evenly, so is every
+
+    x(a) = x cos a + y sin a,                                                                              (2)
+
+and where such circles cross a border the crossings lie as densely as starts would. Of a quarter of a circle that half
+is kept, again and again, whose two ends end farther from each other. Errors count by e / s.
 
 References:
-    Simulation and the Monte Carlo Method (Rubinstein & Kroese, 2016): importance sampling
-    https://doi.org/10.1002/9781118631980
+    Markov Chain Monte Carlo Methods for Elliptical Slices (Murray, Adams & MacKay, 2010): circles (2)
+    https://arxiv.org/abs/1001.0175
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float
 from torch import Tensor
 
 from reverie.base.randomness import Noise, normal
@@ -32,9 +36,13 @@ from reverie.diffusion.samplers.base import run
 from reverie.diffusion.samplers.dpmpp import DPMpp3M
 from reverie.diffusion.trajectories import FINE, Trajectories
 
+Circles = Callable[[Float[Tensor, " m"]], Data]  # equation (2): the starts (M, *D) at some angles (M,), each on its own
+
 ASIDE = 1e-3  # h of (1), in deviations of the noise
-QUICK = 8  # steps in which s is found: roughly will do
+ROUGH = 32  # steps in which borders and s are found
+HALVINGS = (5, 7, 9)  # of a quarter of a circle, in turn: from 2 degrees around a border to a tenth of one
 LEAST = 0.1  # of the middle s, at the least
+BORDER = 9.0  # for how much a set of starts at borders counts, beside one that is drawn evenly
 
 
 def solved(denoiser: Denoiser, x: Data, steps: int) -> Data:
@@ -45,7 +53,7 @@ def solved(denoiser: Denoiser, x: Data, steps: int) -> Data:
     return last.x
 
 
-def sensitivity(denoiser: Denoiser, x: Data, steps: int = QUICK, seed: int = 0) -> Float[Tensor, " m"]:
+def sensitivity(denoiser: Denoiser, x: Data, steps: int = ROUGH, seed: int = 0) -> Float[Tensor, " m"]:
     """Return how far apart the ends of each start and of one beside it are: s of (1), in float64.
 
     Arguments:
@@ -64,23 +72,63 @@ def sensitivity(denoiser: Denoiser, x: Data, steps: int = QUICK, seed: int = 0) 
     """
     scale = float(denoiser.schedule.prior_std(torch.ones(1, dtype=torch.float64)))
     aside = normal(x.shape, seed, "aside").to(x) * (ASIDE * scale)
-    ends = [solved(denoiser, start, steps).double().flatten(1) for start in (x, x + aside)]
-    return (ends[1] - ends[0]).norm(dim=1)
+    return apart(*(solved(denoiser, start, steps) for start in (x, x + aside))).to(x.device)
 
 
-def between(sensitive: Float[Tensor, " m"], count: int, seed: int = 0, groups: int = 1) -> Int64[Tensor, " n"]:
-    """Return some of the starts, drawn without replacement with a chance in proportion to their sensitivity.
+def circles(x: Data, y: Data) -> Circles:
+    """Return the circles (2) through two noises (M, *D)."""
+
+    def turned(angle: Float[Tensor, " m"]) -> Data:
+        cos, sin = (part.to(x).reshape(-1, *[1] * (x.ndim - 1)) for part in (angle.cos(), angle.sin()))
+        return cos * x + sin * y
+
+    return turned
+
+
+def at_borders(
+    denoiser: Denoiser,
+    around: Circles,
+    count: int,
+    halvings: Sequence[int] = HALVINGS,
+    steps: int = ROUGH,
+    seed: int = 0,
+) -> Data:
+    """Return a start (M, *D) near a border on each of some circles.
 
     Arguments:
-        sensitive: s of all starts (M,).
-        count: How many of each group.
-        seed: Seed of the draw.
-        groups: The starts are so many groups, of as many each, and of each the same number is drawn.
+        denoiser: The model.
+        around: The circles.
+        count: How many they are.
+        halvings: How often their quarters are halved, in turn: the more, the nearer the borders.
+        steps: Steps of each solution, of which there are 2 more than halvings.
+        seed: Seed of the place in the part that is left.
+
+    Example:
+        >>> from reverie.diffusion.oracles import random_mixture
+        >>> from reverie.diffusion.schedules import linear
+        >>> x, y = (normal((100, 2), seed, "example").double() for seed in (0, 1))
+        >>> oracle = random_mixture(2, 0, linear())
+        >>> found = at_borders(oracle, circles(x, y), 100)
+        >>> bool(sensitivity(oracle, found).median() > 5 * sensitivity(oracle, x).median())
+        True
     """
-    random = torch.Generator().manual_seed(seed)
-    rows = bounded(sensitive).cpu().reshape(groups, -1)
-    drawn = torch.multinomial(rows, count, generator=random)
-    return (drawn + rows.shape[1] * torch.arange(groups)[:, None]).flatten()
+    low, high = torch.zeros(count, dtype=torch.float64), torch.full((count,), math.pi / 2, dtype=torch.float64)
+    wanted = torch.tensor(halvings)[torch.arange(count) % len(halvings)]
+    first, last = (solved(denoiser, around(angle), steps) for angle in (low, high))
+    for done in range(max(halvings)):
+        middle = (low + high) / 2
+        between = solved(denoiser, around(middle), steps)
+        left = apart(first, between) > apart(between, last)
+        down, up = left & (done < wanted), ~left & (done < wanted)
+        low, high = torch.where(up, middle, low), torch.where(down, middle, high)
+        first[up.to(first.device)], last[down.to(last.device)] = between[up], between[down]
+    place = torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return around(low + place * (high - low))
+
+
+def apart(x: Data, y: Data) -> Float[Tensor, " m"]:
+    """Return how far apart samples are, on the CPU."""
+    return (x - y).double().flatten(1).norm(dim=1).cpu()
 
 
 def bounded(sensitive: Float[Tensor, " m"]) -> Float[Tensor, " m"]:
@@ -100,34 +148,35 @@ def two_ends(
     Arguments:
         denoiser: The model.
         x: Noise (M, *D) at t = 1.
-        sensitive: What errors are divided by (M,), where they are.
+        sensitive: What errors are divided by (M,), where they are: of starts at borders.
         steps: Steps of the exact solution.
         numbers: How many numbers a sample has; those that are there, where nothing is said.
     """
     schedule = denoiser.schedule
     known = levels(schedule, uniform_log_snr(schedule, steps)[:-1].tolist())
-    scale = torch.empty(0) if sensitive is None else sensitive
-    return Trajectories(denoiser, known, x[None], x[None], solved(denoiser, x, steps), numbers=numbers, scale=scale)
+    scale, part = (torch.empty(0), 1.0) if sensitive is None else (sensitive, BORDER)
+    end = solved(denoiser, x, steps)
+    return Trajectories(denoiser, known, x[None], x[None], end, numbers=numbers, scale=scale, part=part)
 
 
 def stages(
-    denoiser: Denoiser, x: Data, groups: int, numbers: int, counts: Sequence[int], steps: int = FINE
+    denoiser: Denoiser, x: Data, around: Circles, groups: int, numbers: int, counts: Sequence[int], steps: int = FINE
 ) -> list[list[Trajectories]]:
-    """Return what a solver is polished on in each of some stages: starts drawn evenly, and as many between two ends.
+    """Return what a solver is polished on in each of some stages: starts drawn evenly, and as many at borders.
 
     Arguments:
         denoiser: The model.
-        x: Noise (M, *D) at t = 1 to draw from, so many groups of as many each.
+        x: Noise (M, *D) at t = 1, so many groups of as many each: the evenly drawn starts of all stages.
+        around: As many circles, in groups as well.
         groups: The groups.
         numbers: How many numbers a sample has.
-        counts: How many are drawn evenly of each group, stage by stage; no start is drawn so in two.
+        counts: How many of each group a stage takes; no start is in two. Together they are M / groups.
         steps: Steps of the exact solutions.
     """
-    sensitive, offset = sensitivity(denoiser, x), len(x) // groups * torch.arange(groups)[:, None]
-    found, first = [], 0
-    for stage, count in enumerate(counts):
-        even = (offset + first + torch.arange(count)).flatten()
-        rows, first = between(sensitive, count, stage, groups), first + count
-        border = two_ends(denoiser, x[rows], bounded(sensitive)[rows], steps, numbers)
-        found.append([two_ends(denoiser, x[even], None, steps, numbers), border])
+    near = at_borders(denoiser, around, len(x))
+    sensitive = bounded(sensitivity(denoiser, near))
+    index, found = torch.arange(len(x)).reshape(groups, -1), []
+    for rows in (part.flatten() for part in index.split(list(counts), dim=1)):
+        border = two_ends(denoiser, near[rows], sensitive[rows], steps, numbers)
+        found.append([two_ends(denoiser, x[rows], None, steps, numbers), border])
     return found

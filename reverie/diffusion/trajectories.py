@@ -36,6 +36,7 @@ class Trajectories:
         share: For how much each sample counts (M,), 1 in all; evenly where nothing is said.
         numbers: How many numbers a sample has; those that are there, where nothing is said.
         scale: What each sample's error is divided by (M,); 1 where nothing is said.
+        part: For how much the set counts beside others.
     """
 
     denoiser: Denoiser
@@ -46,6 +47,7 @@ class Trajectories:
     share: Float[Tensor, " m"] = dataclasses.field(default_factory=lambda: torch.empty(0))
     numbers: int = 0
     scale: Float[Tensor, " m"] = dataclasses.field(default_factory=lambda: torch.empty(0))
+    part: float = 1.0
 
     def __post_init__(self) -> None:
         count = len(self.end)
@@ -63,7 +65,8 @@ class Trajectories:
     def rows(self, index: Sequence[int] | Tensor) -> "Trajectories":
         """Return those of some of the samples, which count evenly."""
         x, x0, scale = self.x[:, index], self.x0[:, index], self.scale[index]
-        return Trajectories(self.denoiser, self.known, x, x0, self.end[index], numbers=self.numbers, scale=scale)
+        share = torch.full_like(scale, 1 / len(scale))
+        return dataclasses.replace(self, x=x, x0=x0, end=self.end[index], share=share, scale=scale)
 
 
 def trajectories(

@@ -233,7 +233,7 @@ def tune(
         progress: Called with the number of walks, or of rounds, and the least error (its logarithm) after each.
         more: Solvers of so many steps that may be polished as well.
         stages: What solvers are polished on instead of the sets: all of them on the first, the best on each of the
-            others in turn, which are best drawn anew. Among them are starts between two ends (starts.py).
+            others in turn, which are best drawn anew. Among them are starts at borders (starts.py).
 
     Raises:
         UsageError: steps is out of range.

@@ -13,7 +13,7 @@ from reverie.diffusion.denoisers import Denoiser
 from reverie.diffusion.polish import follow, squares
 from reverie.diffusion.recipes import general
 from reverie.diffusion.samplers.learned import Recipe
-from reverie.diffusion.starts import between, bounded, sensitivity, two_ends
+from reverie.diffusion.starts import at_borders, bounded, circles, sensitivity, two_ends
 from reverie.diffusion.trajectories import FINE, Trajectories, noise, trajectories
 from reverie.diffusion.tuning import judged, published, tune
 from reverie.models.card import FittedSolver
@@ -22,7 +22,7 @@ from reverie.models.model import Model
 from reverie.models.plan import SamplingPlan, make_plan
 from reverie.models.sampling import evaluating, prepared
 
-POOL = 8  # starts, out of which those between two ends are drawn, for each of these
+QUICK = 16  # steps in which borders are found; sensitivities in twice as many
 NUMBERS = 1 << 17  # numbers of all samples that a solver is fitted to, about
 WALKS = 20  # candidate grids, by default
 BUDGET = 1000  # evaluations of each sample that the rounds of polishing of the best candidate may cost, by default
@@ -48,8 +48,8 @@ def tune_model(
         model: The model.
         steps: Numbers of evaluations.
         guidance: w; of a model with classes, samples of all classes are used; None takes the card's.
-        samples: Exact trajectories to fit to, the half of them between two ends, drawn out of 8 times as many starts;
-            as many again are for judging. None: by the samples' size, 8 to 64.
+        samples: Exact trajectories to fit to, the half of them at borders; as many again are for judging. None: by
+            the samples' size, 8 to 64.
         walks: Candidate grids for each number of steps; None: 20.
         rounds: Rounds of polishing, of 3 N^2 evaluations of each sample for N steps; None: 12, fewer for many steps.
         seed: Seed of the trajectories' noise.
@@ -86,7 +86,7 @@ def tune_model(
 
 
 class Lesson(NamedTuple):
-    """What a solver is fitted to, or judged by: trajectories drawn evenly, the two ends of others, and w."""
+    """What a solver is fitted to, or judged by: trajectories drawn evenly, the two ends of others at borders, and w."""
 
     even: Trajectories
     border: Trajectories
@@ -99,29 +99,20 @@ class Lesson(NamedTuple):
 
 
 def teach(model: Model, count: int, part: int, guidance: float | None, report: Report | None) -> Lesson:
-    """Return exact trajectories of some samples, guided and clipped as they would be; half of them between two ends."""
+    """Return exact trajectories of some samples, guided and clipped as they would be; half of them at borders."""
     first, few = FIRST_SEED + part * 1_000_000, count // 2
     plan, (denoiser, x) = begun(model, range(first, first + count - few), guidance)
     told = None if report is None else lambda step: report("exact trajectories", step, FINE, math.nan)
     even = trajectories(denoiser, x, FINE, told)
-    pool = range(first + count, first + count + POOL * few)
-    sensitive = bounded(sensitivities(model, pool, count, guidance, report))
-    rows = between(sensitive, few, part)
-    _, (denoiser, x) = begun(model, [pool[i] for i in rows.tolist()], guidance)
-    return Lesson(even, two_ends(denoiser, x, sensitive[rows]), plan.guidance)
-
-
-def sensitivities(
-    model: Model, seeds: range, batch: int, guidance: float | None, report: Report | None
-) -> Float[Tensor, " m"]:
-    """Return how sensitive the samples of some seeds are to their noise."""
-    found = []
-    for i in range(0, len(seeds), batch):
-        _, (denoiser, x) = begun(model, seeds[i : i + batch], guidance)
-        found.append(sensitivity(denoiser, x, seed=i).cpu())
-        if report is not None:
-            report("starts", min(i + batch, len(seeds)), len(seeds), math.nan)
-    return torch.cat(found)
+    ends = (range(first + n * count, first + n * count + few) for n in (1, 2))
+    (_, (denoiser, x)), (_, (_, y)) = (begun(model, seeds, guidance) for seeds in ends)
+    if report is not None:
+        report("borders", 0, 1, math.nan)
+    near = at_borders(denoiser, circles(x, y), few, steps=QUICK, seed=part)
+    border = two_ends(denoiser, near, bounded(sensitivity(denoiser, near, 2 * QUICK)), FINE)
+    if report is not None:
+        report("borders", 1, 1, math.nan)
+    return Lesson(even, border, plan.guidance)
 
 
 def begun(

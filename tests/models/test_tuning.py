@@ -17,8 +17,17 @@ from reverie.models.rewrite import store_solvers, with_solvers
 from reverie.models.tuning import tune_model
 
 
+@pytest.fixture(scope="module", autouse=True)
+def in_haste():
+    """Trajectories and borders in fewer steps: what is fitted is smooth."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("reverie.models.tuning.FINE", 32)
+        patch.setattr("reverie.models.tuning.QUICK", 2)
+        yield
+
+
 @pytest.fixture(scope="module")
-def model():
+def model(in_haste):
     torch.manual_seed(0)
     card = Card(
         shape=(1, 8, 8),
