@@ -109,7 +109,7 @@ def at_borders(
         >>> x, y = (normal((100, 2), seed, "example").double() for seed in (0, 1))
         >>> oracle = random_mixture(2, 0, linear())
         >>> found = at_borders(oracle, circles(x, y), 100)
-        >>> bool(sensitivity(oracle, found).median() > 5 * sensitivity(oracle, x).median())
+        >>> bool(sensitivity(oracle, found).mean() > 5 * sensitivity(oracle, x).mean())
         True
     """
     low, high = torch.zeros(count, dtype=torch.float64), torch.full((count,), math.pi / 2, dtype=torch.float64)
