@@ -16,7 +16,7 @@ and where such circles cross a border the crossings lie as densely as starts wou
 is kept, again and again, whose two ends end farther from each other. Errors count by e / s.
 
 References:
-    Markov Chain Monte Carlo Methods for Elliptical Slices (Murray, Adams & MacKay, 2010): circles (2)
+    Elliptical slice sampling (Murray, Adams & MacKay, 2010): circles (2)
     https://arxiv.org/abs/1001.0175
 """
 
