@@ -34,7 +34,7 @@ def examine() -> dict[str, Any]:
     import torch  # it takes two seconds: not for --help
 
     from reverie.cli import measure
-    from reverie.kernels import dispatch
+    from reverie.kernels import dispatch, gpu
 
     return {
         "reverie": reverie.__version__,
@@ -46,6 +46,7 @@ def examine() -> dict[str, Any]:
         "gpus": gpus(),
         "extras": machine.extras(),
         "kernels": dispatch.status(),
+        "gpu_kernels": gpu.status() if torch.cuda.is_available() else None,
         "speed": measure.speeds(),
         "fast": measure.fast(),
         "promise": [claim._asdict() for claim in measure.promise()],
@@ -65,6 +66,8 @@ def written(found: dict[str, Any]) -> str:
     """Return the findings as text."""
     head = [f"reverie {found['reverie']}, Python {found['python']}, torch {found['torch']}"]
     kernels = kernel_lines(found["kernels"])
+    if found["gpu_kernels"]:
+        kernels += ["operators on a GPU", row("norms, gated units", found["gpu_kernels"])]
     speed, promise = [*speed_lines(found["speed"]), fast_line(found["fast"])], promise_lines(found)
     parts = (machine_lines(found), extra_lines(found["extras"]), kernels, speed, promise)
     return "\n".join(line for part in (head, *parts) for line in part)
@@ -114,7 +117,7 @@ def speed_lines(speed: dict[str, Any]) -> list[str]:
 
 def fast_line(fast: dict[str, Any]) -> str:
     """Return what `--speed fast` does here."""
-    held = "weights laid out by oneDNN" if fast["packed"] else "plain weights: no oneDNN here"
+    held = "weights laid out once" if fast["packed"] else "plain weights: no oneDNN here"
     gain = f"{fast['gain']} times as fast, {100 * fast['error']:.2g} % off (a step of a small U-Net, 32x32)"
     return row("--speed fast", f"{fast['dtype']}, {held}: {gain}")
 

@@ -25,7 +25,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from reverie.kernels.dispatch import mode, traced
+from reverie.kernels.dispatch import VARIABLE, mode, traced
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PIXELS, CHANNELS, ROWS = 32, 128, 32  # a block's, and how many blocks' sums are taken up at once
@@ -38,6 +38,18 @@ NUMBERS = 1024  # of a block of gated units
 def has_triton() -> bool:
     """Whether Triton is installed."""
     return importlib.util.find_spec("triton") is not None
+
+
+def status() -> str:
+    """Return what serves norms and gated units on a GPU, in words.
+
+    Example:
+        >>> status().split()[0] in ("ours,", "PyTorch")
+        True
+    """
+    if mode() == "plain":
+        return f"PyTorch ({VARIABLE}=plain)"
+    return "ours, Triton" if has_triton() else "PyTorch (no Triton here)"
 
 
 def serves(*tensors: Tensor | None) -> bool:

@@ -48,7 +48,7 @@ def test_the_report(reverie, quick):
     assert "tracking no wandb: pip install 'reverie[tracking]' (W&B)" in lines
     assert "convolution 100.0 200.0 GFLOP/s" in lines
     assert "recommended --dtype bfloat16 (bfloat16 trains 1.7 times as fast)" in lines
-    said = "bfloat16, weights laid out by oneDNN: 1.9 times as fast, 0.9 % off (a step of a small U-Net, 32x32)"
+    said = "bfloat16, weights laid out once: 1.9 times as fast, 0.9 % off (a step of a small U-Net, 32x32)"
     assert f"--speed fast {said}" in lines
     assert "from run to run yes yes" in lines
     assert "at any batch size no no" in lines
@@ -89,3 +89,8 @@ def test_for_real(reverie):
     )
     assert found["speed"]["recommended"] in ("float32", "bfloat16")
     assert len(found["promise"]) == 8
+
+
+def test_what_serves_on_a_gpu_is_said_where_there_is_one(reverie, quick, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert "operators on a GPU\n  norms, gated units" in reverie("doctor").stdout
