@@ -91,7 +91,7 @@ def told(xl: bool, size: int, device: str) -> Told:
     return Told(x.to(device), time.to(device), context.to(device), {k: v.to(device) for k, v in added.items()})
 
 
-def build(config: dict, device: str) -> tuple[torch.nn.Module, torch.nn.Module]:
+def build(config: dict, device: str = "cpu") -> tuple[torch.nn.Module, torch.nn.Module]:
     """Return diffusers' U-Net with random weights, and ours with the same tensors."""
     import diffusers
 
