@@ -11,7 +11,7 @@ may depend on its batch.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -47,7 +47,7 @@ class Speed:
     weights: str | None = None
     packed: bool = False
     packing: Packing | None = None
-    graphs: Replayed | None = None
+    graphs: Replayed | None = field(default=None, repr=False)
 
     def words(self) -> str:
         """Return it in a sentence."""
