@@ -40,6 +40,12 @@ def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+@cache
+def capable(device: torch.device) -> bool:
+    """Whether Triton compiles for a GPU: NVIDIA's from Volta on, and AMD's."""
+    return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (7, 0)
+
+
 def status() -> str:
     """Return what serves norms and gated units on a GPU, in words.
 
@@ -59,7 +65,9 @@ def serves(*tensors: Tensor | None) -> bool:
         return False
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given):
         return False
-    return has_triton() and mode() != "plain" and not torch.compiler.is_compiling() and not traced()
+    if not given or not has_triton() or mode() == "plain" or torch.compiler.is_compiling() or traced():
+        return False
+    return capable(given[0].device)
 
 
 @cache
