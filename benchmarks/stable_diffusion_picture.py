@@ -181,7 +181,8 @@ def openvino(options: argparse.Namespace, watch: Stopwatch) -> Any:
         unet = compiled(lambda n, *a: n(*a, return_dict=False)[0], pipeline.unet, x, when, context)
         decoder = compiled(lambda n, z: n.decode(z, return_dict=False)[0], pipeline.vae, x[:1])
 
-    def step(x: Any, when: Any, context: Any, **_: Any) -> tuple[torch.Tensor]:
+    def step(x: Any, when: Any, encoder_hidden_states: Any, **_: Any) -> tuple[torch.Tensor]:
+        context = encoder_hidden_states  # by the pipeline's name
         when = torch.as_tensor(when).float().flatten()[0]
         return (torch.from_numpy(unet([x.float().numpy(), when.numpy(), context.float().numpy()])[0]),)
 
@@ -334,7 +335,7 @@ def report(options: argparse.Namespace, runs: dict[str, list[dict[str, Any]]]) -
     for name, turns in runs.items():
         whole = [turn for turn in turns if "failed" not in turn]
         if not whole:
-            rows.append([name, turns[0]["failed"], *[""] * 7])
+            rows.append([name, turns[0]["failed"], *[""] * 8])
             continue
         if wanted.is_file():
             mine, exact = torch.load(answer(options, name)), torch.load(wanted)
