@@ -166,8 +166,10 @@ class Run(BaseRun):
         self.network = denoiser.network.to(plan.device).to(memory_format=self.layout).train()  # type: ignore[call-overload]
         if config.checkpointing:
             self.network.gradient_checkpointing = True
-        trained: Any = torch.compile(self.network) if config.compile else self.network
-        if graphs(self.network, config, plan.device) and not config.compile:
+        trained: Any = self.network
+        if config.compile:
+            trained = torch.compile(self.network)
+        elif graphs(self.network, config, plan.device):
             trained = Graphed(self.network)
         card = plan.card
         self.denoiser = NetworkDenoiser(
