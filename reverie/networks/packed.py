@@ -129,7 +129,7 @@ class PackedLinear(Packed):
     ) -> None:
         super().__init__(weight, bias, dtype, dtype)
         self.gated = gated
-        if not bits8 and weight.device.type == "cpu" and serves(weight.shape[1], dtype):
+        if not bits8 and by_panels(weight, dtype):
             self.held = panels(weight, bias, dtype, gated)
         else:
             self.hold(bits8, weight)
@@ -173,7 +173,7 @@ class PackedConv2d(Packed):
             self.bias = None if conv.bias is None else conv.bias.detach().float()
             return
         weight = conv.weight.flatten(1) if self.pixelwise else conv.weight.to(memory_format=torch.channels_last)
-        if self.pixelwise and not bits8 and conv.weight.device.type == "cpu" and serves(conv.in_channels, dtype):
+        if self.pixelwise and not bits8 and by_panels(weight, dtype):
             self.held = panels(weight, conv.bias, dtype)
             return
         self.held = weight.detach().to(dtype)
@@ -192,6 +192,11 @@ class PackedConv2d(Packed):
             y = product(rows, self.held) if isinstance(self.held, Panels) else multiply(rows, self.full, self.bias)
             return y.permute(0, 3, 1, 2).to(self.out)
         return convolve(x, self.full, self.bias, self.stride, self.padding).to(self.out)  # type: ignore[arg-type]
+
+
+def by_panels(weight: Float[Tensor, "o i"], dtype: torch.dtype) -> bool:
+    """Whether a matrix is held in panels here."""
+    return weight.device.type == "cpu" and serves(weight.shape[1], dtype)
 
 
 def tile(conv: nn.Conv2d, dtype: torch.dtype) -> winograd.Tile | None:
