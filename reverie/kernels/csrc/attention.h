@@ -12,8 +12,9 @@ constexpr int QB = 64, KB = 96;
 constexpr int TILE = 6;  // keys whose scores are in registers at once, with PANEL vectors of queries
 // A query's weights are 2^(s - level), where the level is raised only when a score exceeds it by more than this: it
 // divides out in the end, and what was summed seldom has to be scaled again.
-constexpr float SLACK = 16;
+constexpr float SLACK = 16, LARGEST = 1 << 16;
 constexpr float VERY_LARGE = 1 << 20;
+constexpr float NOTHING = std::numeric_limits<float>::lowest();  // the level of a query that has seen no key yet
 
 // Where the numbers are: strides in numbers of sample, head and token; the channels of a head lie side by side.
 template <class T> struct Tokens {
@@ -130,7 +131,7 @@ template <class N> struct Forward {
     void begin() {
         scaled = mask != nullptr;
         memset(out, 0, dim * QB * sizeof(float));
-        for (long c = 0; c < QB; c++) level[c] = -INF, total[c] = 0;
+        for (long c = 0; c < QB; c++) level[c] = NOTHING, total[c] = 0;
     }
 
     // Keys from `first` on, and NV vectors of queries from column c on.
@@ -154,45 +155,55 @@ template <class N> struct Forward {
     }
 
     template <int ROWS, int NV> void weights(long first, long j, long c, long& taken) {
-        V s[ROWS][NV] = {};
+        if (j > 0 && __builtin_expect(powers<ROWS, NV>(first, j, c), 1)) return;
+        levels<ROWS, NV>(first, j, c, taken);
+        powers<ROWS, NV, true>(first, j, c);
+    }
+
+    template <int ROWS, int NV> void scores(V (&s)[ROWS][NV], long j, long c) {
         product<N>(s, words<N>(dim), k + j * words<N>(dim), words<N>(dim), 1, q + c, QB);
         if (__builtin_expect(scaled, 0)) rescore(s, j, c);
-        V top[NV];
-        bool higher = false;
-#pragma GCC unroll 4
-        for (int x = 0; x < NV; x++) {
-            top[x] = s[0][x];
-#pragma GCC unroll 6
-            for (int i = 1; i < ROWS; i++) top[x] = larger(top[x], s[i][x]);
-            top[x] *= all(scaled ? 1 : scale);
-            higher |= exceeds(top[x], load(level + c + x * W) + all(SLACK));
-        }
-        if (__builtin_expect(higher, 0)) {
-            take<NV>(first, taken, j, c);
-            taken = j;
-            bool large = false;
-            for (int x = 0; x < NV; x++) large |= raise(top[x], c + x * W);
-            if (large && !scaled) {
-                scaled = true;
-                rescore(s, j, c);
-            }
-        }
+    }
+
+    // The weights of some keys at the levels that there are, and their sums; or, if these came out too large, false.
+    template <int ROWS, int NV, bool RAISED = false> bool powers(long first, long j, long c) {
+        V s[ROWS][NV] = {}, sums[NV];
+        scores(s, j, c);
         const V factor = all(scaled ? 1 : scale);
         float* to = p + (j - first) / N::STEP * QB + c;
+        bool good = true;
 #pragma GCC unroll 4
         for (int x = 0; x < NV; x++) {
-            V low = load(level + c + x * W), sum = {};
-            low = low == all(-INF) ? V{} : low;  // a query that may look at nothing yet: p = 0, not NaN
+            const V low = load(level + c + x * W);
 #pragma GCC unroll 6
             for (int i = 0; i < ROWS; i++) {
                 s[i][x] = N::exp2(s[i][x] * factor - low);
-                sum += s[i][x];
+                sums[x] = i ? sums[x] + s[i][x] : s[i][x];
             }
-            store(total + c + x * W, load(total + c + x * W) + sum);
+            good &= !exceeds_or_nan(sums[x], all(TILE * LARGEST));
 #pragma GCC unroll 6
             for (int i = 0; i < ROWS; i += N::STEP)
                 store(to + i / N::STEP * QB + x * W, N::join(s[i][x], i + 1 < ROWS ? s[i + 1][x] : V{}));
         }
+        if (__builtin_expect(!good && !RAISED, 0)) return false;
+#pragma GCC unroll 4
+        for (int x = 0; x < NV; x++) store(total + c + x * W, load(total + c + x * W) + sums[x]);
+        return true;
+    }
+
+    // Raise the levels that scores of these keys exceed by much; what waits is taken before.
+    template <int ROWS, int NV> __attribute__((noinline)) void levels(long first, long j, long c, long& taken) {
+        V s[ROWS][NV] = {};
+        scores(s, j, c);
+        take<NV>(first, taken, j, c);
+        taken = j;
+        bool large = false;
+        for (int x = 0; x < NV; x++) {
+            V top = s[0][x];
+            for (int i = 1; i < ROWS; i++) top = larger(top, s[i][x]);
+            large |= raise(top * all(scaled ? 1 : scale), c + x * W);
+        }
+        scaled |= large;
     }
 
     // Scores in their final scale, with the mask.
@@ -213,7 +224,7 @@ template <class N> struct Forward {
         store(level + c, now);
         store(total + c, load(total + c) * shrink);
         for (long d = 0; d < dim; d++) store(out + d * QB + c, load(out + d * QB + c) * shrink);
-        return exceeds(now, all(VERY_LARGE)) || (exceeds(all(-VERY_LARGE), now) && exceeds(now, all(-INF)));
+        return exceeds(now, all(VERY_LARGE)) || (exceeds(all(-VERY_LARGE), now) && exceeds(now, all(NOTHING)));
     }
 
     void run() {

@@ -16,7 +16,7 @@ static inline V larger(V a, V b) {
 #endif
 }
 
-// Whether any number of a exceeds its fellow in b.
+// Whether any number of a exceeds its fellow in b; NaN does not.
 static inline bool exceeds(V a, V b) {
 #ifdef __AVX512F__
     return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GT_OQ) != 0;
@@ -28,22 +28,31 @@ static inline bool exceeds(V a, V b) {
 #endif
 }
 
-// 2^x by the polynomial P for the fraction, in [-1/2, 1/2]: c[0] r^n + ... + c[n]. x is below 128; NaN stays NaN;
-// 0 far below.
-constexpr float EXP2[] = {0.001326472731307149f, 0.009671512991189957f, 0.05550733581185341f,
-                          0.24022242426872253f,  0.6931470036506653f,   1.0f};               // within 2e-7 of itself
-constexpr float ROUGH_EXP2[] = {0.05517144f, 0.24261081f, 0.69326099f, 0.99992809f};          // within 8e-5
-template <int TERMS> static inline V power_of_two(V x, const float (&c)[TERMS]) {
+// Whether any does, or is NaN.
+static inline bool exceeds_or_nan(V a, V b) {
 #ifdef __AVX512F__
-    const __m512 low = _mm512_max_ps(_mm512_set1_ps(-200.0f), (__m512)x);  // minus infinity has no fraction
-    const __m512 whole = _mm512_roundscale_ps(low, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    const V r = (V)_mm512_sub_ps(low, whole);
+    return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_NLE_UQ) != 0;
+#else
+    const VI within = a <= b;
+    int32_t found = -1;
+    for (int i = 0; i < W; i++) found &= within[i];
+    return found == 0;
+#endif
+}
+
+// 2^x by a polynomial of the fraction, in [0, 1): c[0] r^n + ... + c[n]. 0 far below, also at minus infinity (whose fraction
+// is 0 to the processor); infinity far above; NaN stays NaN.
+constexpr float EXP2[] = {0.00186713005f, 0.00901703071f, 0.0557999127f, 0.240164444f, 0.693151295f, 1.0f};  // within 2e-7
+constexpr float ROUGH_EXP2[] = {0.0780245215f, 0.226067156f, 0.695833564f, 0.999925196f};                    // within 8e-5
+template <int TERMS> static inline V power_of_two(V x, const float (&c)[TERMS]) {
+#ifdef __AVX512DQ__
+    const V r = (V)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
     V p = all(c[0]);
 #pragma GCC unroll 8
     for (int i = 1; i < TERMS; i++) p = p * r + all(c[i]);
-    return (V)_mm512_scalef_ps((__m512)p, whole);
+    return (V)_mm512_scalef_ps((__m512)p, (__m512)x);
 #else
-    return exp2v<true>(x);
+    return exp2v(x);
 #endif
 }
 
