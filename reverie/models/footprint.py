@@ -7,9 +7,16 @@ twice, beside what goes around them),
 
     M = size B (sum_l (n + 1) p_l c_l + max_l k_l p_l c_l).                                               (1)
 
+EDM2's network is the same with k = 6, of whose attention the queries, keys and values are no more than that. A transformer
+of p patches and c channels, whose mlp is r times as wide, holds one block's: the state, its norm and the hidden units twice,
+
+    M = size B p c (3 + 2 r).                                                                             (2)
+
 An autoencoder has no skips: the largest of its levels counts, of a tile where it goes by tiles. The figures are checked
 beside what a run takes, in docs/speed.md; of other networks only what samples take is known.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -18,6 +25,8 @@ from reverie.models.codec import Codec
 from reverie.models.plan import SamplingPlan
 from reverie.networks.autoencoder import ConvolutionalAutoencoder
 from reverie.networks.captioned import Captioned
+from reverie.networks.dit import DiT
+from reverie.networks.edm2 import EDM2
 from reverie.networks.packed import Packed
 from reverie.networks.unet import UNet
 
@@ -36,22 +45,35 @@ def working_bytes(network: nn.Module, codec: Codec | None, plan: SamplingPlan) -
 
 
 def step_bytes(network: nn.Module, plan: SamplingPlan) -> int:
-    """Return the bytes of one call of the network: (1); 0 where it is no U-Net."""
-    unet = network.image if isinstance(network, Captioned) else network
-    if not isinstance(unet, UNet):
-        return 0
+    """Return the bytes of one call of the network: (1) or (2); 0 where it is none of these."""
+    image = network.image if isinstance(network, Captioned) else network
     asked = plan.batch_size * (2 if plan.guided else 1)
     rows = asked if plan.bucket is None else plan.bucket
-    config = unet.config
-    height, width = (-(-side // config.patch) for side in plan.shape[1:])
+    return rows * numbers_of(image, *plan.shape[1:]) * itemsize(image, plan.dtype)
+
+
+def numbers_of(network: nn.Module, *size: int) -> int:
+    """Return how many numbers a network holds at once for one image of some height and width."""
+    if isinstance(network, DiT):
+        height, width = (-(-side // network.config.patch) for side in size)
+        return round(height * width * network.config.width * (3 + 2 * network.config.mlp_ratio))
+    if isinstance(network, UNet):
+        attends = ["Cross" in kind for kind in network.config.down_types]
+        return pyramid(network.config.channels, network.config.layers, attends, [-(-n // network.config.patch) for n in size])
+    if isinstance(network, EDM2):
+        return pyramid(network.config.channels, network.config.layers, [False] * len(network.config.channels), size)
+    return 0
+
+
+def pyramid(channels: Sequence[int], layers: int, attends: Sequence[bool], size: Sequence[int]) -> int:
+    """Return the numbers of (1), for one image of height and width `size`, without the bytes of each."""
     skips, most = 0, 0
-    for level, channels in enumerate(config.channels):
-        pixels = -(-height // 2**level) * -(-width // 2**level)
-        attends = "Cross" in config.down_types[level]
-        wide = max(channels, config.channels[max(level - 1, 0)])
-        skips += (config.layers + 1) * pixels * channels
-        most = max(most, pixels * (TRANSFORMER * channels if attends else RESIDUAL * wide))
-    return rows * (skips + most) * itemsize(unet, plan.dtype)
+    for level, inner in enumerate(channels):
+        pixels = -(-size[0] // 2**level) * -(-size[1] // 2**level)
+        wide = max(inner, channels[max(level - 1, 0)])
+        skips += (layers + 1) * pixels * inner
+        most = max(most, pixels * (TRANSFORMER * inner if attends[level] else RESIDUAL * wide))
+    return skips + most
 
 
 def codec_bytes(codec: Codec, shape: tuple[int, ...]) -> int:

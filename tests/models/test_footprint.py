@@ -12,6 +12,8 @@ from reverie.models.footprint import codec_bytes, step_bytes, weights_bytes, wor
 from reverie.models.formats import write_model
 from reverie.models.load import load
 from reverie.models.speed import hasten
+from reverie.networks.dit import DiT, DiTConfig
+from reverie.networks.edm2 import EDM2, EDM2Config
 from reverie.networks.unet import UNet, UNetConfig
 
 
@@ -39,11 +41,28 @@ def test_guidance_asks_twice_and_bfloat16_takes_half(classy):
 @pytest.mark.parametrize(("context", "channels", "side"), [(None, (64, 128), 64), (32, (64, 64), 64)])
 @torch.no_grad()
 def test_the_estimate_of_a_step_is_near_what_it_takes(make, context, channels, side):
-    """Counted by PyTorch's own allocator, within a factor of two."""
     how = {"channels": channels, "context_dim": context, "attention": (bool(context), False)}
     config = UNetConfig(in_channels=4, out_channels=4, **how)
     network = UNet(config).eval().to(memory_format=torch.channels_last)
     told = {} if context is None else {"context": torch.randn(2, 7, context)}
+    near(make, network, side, told)
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        DiT(DiTConfig(in_channels=4, width=128, depth=2, heads=4)),
+        EDM2(EDM2Config(in_channels=4, out_channels=4, channels=(32, 64), attention=(False, True), layers=1)),
+    ],
+    ids=["dit", "edm2"],
+)
+@torch.no_grad()
+def test_so_is_that_of_other_networks(make, network):
+    near(make, network.eval(), 64, {})
+
+
+def near(make, network, side, told):
+    """Counted by PyTorch's own allocator, within a factor of two."""
     x = torch.randn(2, 4, side, side)
     with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as found:
         network(x, torch.zeros(2), **told)
