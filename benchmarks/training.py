@@ -329,8 +329,7 @@ def tenths(losses: list[float]) -> list[float]:
 def curve_rows(curves: dict[str, list[list[float]]], reference: str) -> list[list[str]]:
     """Return a line for each trainer: its mean loss in each tenth over the seeds, and the p-value of all ten together.
 
-    That is ten times the least p-value of Welch's test of a tenth (Bonferroni's), which differ by chance in one tenth or
-    another.
+    That is ten times the least p-value of Welch's test of a tenth (Bonferroni's): of ten, one is small by chance.
     """
     from scipy.stats import ttest_ind
 

@@ -21,7 +21,7 @@ from reverie.cli.main import COMMANDS, cli
 from reverie.cli.options import settle
 from reverie.cli.sample import SampleSettings
 from reverie.cli.tune import TuneSettings
-from reverie.models.plan import bucket_rows
+from reverie.models.settling import bucket_rows
 from reverie.training.config import TrainConfig
 
 ROOT = Path(__file__).parent.parent

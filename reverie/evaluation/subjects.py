@@ -17,7 +17,8 @@ from reverie.evaluation.spaces import Report, Say, by, shuffled
 from reverie.models.formats import recognise
 from reverie.models.load import load
 from reverie.models.model import Model
-from reverie.models.plan import SamplingPlan, find_class, settle_size
+from reverie.models.plan import SamplingPlan
+from reverie.models.settling import find_class, settle_size
 
 SAMPLES = 1000  # of a model, where nothing is said
 MOST = 10_000  # pictures of a folder, where nothing is said

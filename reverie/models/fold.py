@@ -13,7 +13,7 @@ from reverie.base.errors import UsageError
 from reverie.models.builders import build
 from reverie.models.card import Card, NetworkSpec
 from reverie.models.model import Model
-from reverie.models.plan import find_class
+from reverie.models.settling import find_class
 from reverie.models.speed import refuse_packed
 
 BIAS, EMBEDDING = "time_embedding.linear_2.bias", "class_embedding.weight"

@@ -7,8 +7,8 @@ twice, beside what goes around them),
 
     M = size B (sum_l (n + 1) p_l c_l + max_l k_l p_l c_l).                                               (1)
 
-EDM2's network is the same with k = 6, of whose attention the queries, keys and values are no more than that. A transformer
-of p patches and c channels, whose mlp is r times as wide, holds one block's: the state, its norm and the hidden units twice,
+EDM2's network is the same with k = 6, which its queries, keys and values do not exceed. A transformer of p patches and
+c channels, whose mlp is r times as wide, holds what a block needs: the state, its norm, and the hidden units twice,
 
     M = size B p c (3 + 2 r).                                                                             (2)
 
@@ -59,7 +59,9 @@ def numbers_of(network: nn.Module, *size: int) -> int:
         return round(height * width * network.config.width * (3 + 2 * network.config.mlp_ratio))
     if isinstance(network, UNet):
         attends = ["Cross" in kind for kind in network.config.down_types]
-        return pyramid(network.config.channels, network.config.layers, attends, [-(-n // network.config.patch) for n in size])
+        return pyramid(
+            network.config.channels, network.config.layers, attends, [-(-n // network.config.patch) for n in size]
+        )
     if isinstance(network, EDM2):
         return pyramid(network.config.channels, network.config.layers, [False] * len(network.config.channels), size)
     return 0

@@ -13,7 +13,7 @@ from reverie.models.clip_tokens import VARIABLE
 from reverie.models.formats import read_model
 from reverie.models.memory import memory_errors
 from reverie.models.model import Model, mapped
-from reverie.models.plan import settle_dtype
+from reverie.models.settling import settle_dtype
 from reverie.models.speed import hasten, settle_speed
 
 

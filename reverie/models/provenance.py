@@ -31,8 +31,8 @@ from reverie.models.card import FittedSolver, Name, Number, Part, sentence
 from reverie.models.formats.run_folder import CHECKPOINTS
 from reverie.models.load import load
 from reverie.models.model import RECORD_FORMAT, Model, Samples
-from reverie.models.plan import DTYPES, MAX_PROMPT, MAX_SIDE
 from reverie.models.sampling import Progress
+from reverie.models.settling import DTYPES, MAX_PROMPT, MAX_SIDE
 from reverie.models.speed import hasten
 
 OWN, COMMON = "reverie", "parameters"

@@ -13,6 +13,7 @@ from reverie.diffusion.denoisers import Denoiser
 from reverie.diffusion.polish import follow, squares
 from reverie.diffusion.recipes import general
 from reverie.diffusion.samplers.learned import Recipe
+from reverie.diffusion.schedules import Table
 from reverie.diffusion.starts import at_borders, bounded, circles, sensitivity, two_ends
 from reverie.diffusion.trajectories import FINE, Trajectories, noise, trajectories
 from reverie.diffusion.tuning import judged, published, tune
@@ -62,7 +63,7 @@ def tune_model(
         UsageError: An argument is out of range, or there is no class to guide to.
         OutOfMemoryError: There is not enough memory for the trajectories.
     """
-    numbers = math.prod(model.card.shape)
+    numbers, fine = math.prod(model.card.shape), finest(model)
     count = min(max(NUMBERS // numbers, 8), 64) if samples is None else samples
     if (
         not 2 <= count <= 10_000
@@ -70,16 +71,16 @@ def tune_model(
         or (rounds is not None and rounds < 0)
         or not steps
         or min(steps) < 1
-        or max(steps) >= FINE
+        or max(steps) >= fine
     ):
         raise UsageError(
             f"samples is {count}, walks {walks}, rounds {rounds}, steps {list(steps)}; "
-            f"they must lie in 2..10000, from 1, from 0, and in 1..{FINE - 1}"
+            f"they must lie in 2..10000, from 1, from 0, and in 1..{fine - 1}, fewer than the exact solution has"
         )
     lower = "samples"
     # The trajectories; and the derivatives by 6 numbers a step, a few times over.
-    most = 4 * count * numbers * (4 * FINE + 60 * max(steps))
-    check_memory(most, torch.device("cpu"), f"{count} trajectories of {FINE} steps", lower)
+    most = 4 * count * numbers * (4 * fine + 60 * max(steps))
+    check_memory(most, torch.device("cpu"), f"{count} trajectories of {fine} steps", lower)
     with memory_errors("the trajectories", lower), evaluating(model.denoiser.network), torch.no_grad():
         fitting, judging = (teach(model, count, seed + part, guidance, report) for part in (0, 1))
         return [fit(model, n, fitting, judging, walks, rounds, report) for n in sorted(set(steps))]
@@ -98,18 +99,25 @@ class Lesson(NamedTuple):
         return self.even, self.border
 
 
+def finest(model: Model) -> int:
+    """Return the steps of the exact solution: a table is not asked at more times than it has."""
+    schedule = model.denoiser.schedule
+    return min(FINE, schedule.timesteps) if isinstance(schedule, Table) else FINE
+
+
 def teach(model: Model, count: int, part: int, guidance: float | None, report: Report | None) -> Lesson:
     """Return exact trajectories of some samples, guided and clipped as they would be; half of them at borders."""
-    first, few = FIRST_SEED + part * 1_000_000, count // 2
+    first, few, fine = FIRST_SEED + part * 1_000_000, count // 2, finest(model)
+    quick, twice = min(QUICK, fine), min(2 * QUICK, fine)
     plan, (denoiser, x) = begun(model, range(first, first + count - few), guidance)
-    told = None if report is None else lambda step: report("exact trajectories", step, FINE, math.nan)
-    even = trajectories(denoiser, x, FINE, told)
+    told = None if report is None else lambda step: report("exact trajectories", step, fine, math.nan)
+    even = trajectories(denoiser, x, fine, told)
     ends = (range(first + n * count, first + n * count + few) for n in (1, 2))
     (_, (denoiser, x)), (_, (_, y)) = (begun(model, seeds, guidance) for seeds in ends)
     if report is not None:
         report("borders", 0, 1, math.nan)
-    near = at_borders(denoiser, circles(x, y), few, steps=QUICK, seed=part)
-    border = two_ends(denoiser, near, bounded(sensitivity(denoiser, near, 2 * QUICK)), FINE)
+    near = at_borders(denoiser, circles(x, y), few, steps=quick, seed=part)
+    border = two_ends(denoiser, near, bounded(sensitivity(denoiser, near, twice)), fine)
     if report is not None:
         report("borders", 1, 1, math.nan)
     return Lesson(even, border, plan.guidance)

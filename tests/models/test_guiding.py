@@ -1,6 +1,7 @@
 """Guidance on its way from the request to the denoiser: what runs, how often, what is refused, what is recorded."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -236,3 +237,9 @@ def test_the_worse_model_is_recorded_by_path_and_sha256(classy, worse, make, tmp
     assert torch.equal(again(path, bad=moved).uint8, samples.uint8)
     with pytest.raises(ModelFileError, match="not the model that guided"):
         again(path, bad=good)
+
+
+@pytest.mark.parametrize("value", ["3", None, True, math.nan, math.inf])
+def test_what_is_no_finite_number_is_refused(value):
+    with pytest.raises(UsageError, match="guidance is"):
+        guiding.finite("guidance", value)

@@ -4,15 +4,12 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from reverie.base.errors import UsageError
 from reverie.base.randomness import MAX_SEED
 from reverie.diffusion.samplers.ancestral import DDPM
 from reverie.diffusion.samplers.ddim import DDIM
 from reverie.models.card import SamplingDefaults, ScheduleSpec
-from reverie.models.plan import bucket_rows, finite, settle_kept, settle_size, whole
 
 # Where the card decides -----------------------------------------------------------------------------
 
@@ -79,31 +76,6 @@ def test_a_model_without_a_label_for_no_class(make):
         model.plan(1, classes="a", guidance=2)
 
 
-# Grids ----------------------------------------------------------------------------------------------
-
-
-def test_a_grid_may_be_times_or_timesteps(model):
-    assert model.plan(1, grid=[1.0, 0.5, 0.25]).grid.tolist() == [1.0, 0.5, 0.25, 0.0]
-    assert model.plan(1, grid=torch.tensor([1.0, 0.5])).steps == 2
-    assert model.plan(1, grid=[39, 19]).grid.tolist() == [1.0, 0.5, 0.0]
-    assert model.plan(1, grid=[39, 19], steps=2).steps == 2
-    model.sample(1, grid=[1.0, 0.3])
-
-
-@pytest.mark.parametrize(
-    ("grid", "words"),
-    [
-        ([0.5, 1.0], "times decrease to 0"),
-        ([], "holds no times"),
-        ([40, 3], r"must lie in 0\.\.39"),
-        ([1.0, math.nan], "a time is nan"),
-    ],
-)
-def test_a_grid_that_is_none_is_refused(model, grid, words):
-    with pytest.raises(UsageError, match=words):
-        model.plan(1, grid=grid)
-
-
 # Refusals -------------------------------------------------------------------------------------------
 
 
@@ -151,24 +123,6 @@ def test_what_is_wrong_is_refused_by_name(model, request_, words):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("size", "words"),
-    [
-        (0, "size is 0; it must be a whole number in 1..65536"),
-        (7, "size is 7x7; each side must be a multiple of 8: the nearest is 8x8"),
-        ((513, 300), "size is 513x300; each side must be a multiple of 8: the nearest is 512x304"),
-        (100_000, "size is 100000; it must be a whole number in 1..65536"),
-    ],
-)
-def test_a_size_that_cannot_be_is_refused_with_the_nearest(make, size, words):
-    """RELIABILITY 6, case 24."""
-    card = make().card
-    assert settle_size(card, 8, 8) == (8, 8)
-    with pytest.raises(UsageError, match=words) as caught:
-        settle_size(card, size, 8)
-    assert caught.value.exit_code == 2
-
-
 @pytest.mark.parametrize("n", [0, -3, 10**12])
 def test_n_is_bounded(model, n):
     with pytest.raises(UsageError, match=f"n, the number of samples, is {n}"):
@@ -193,18 +147,6 @@ def test_classes_are_refused_by_name(make, request_, words):
         model.plan(2, **request_)
 
 
-@pytest.mark.parametrize("value", [2.5, "3", None, True, 0, 11, math.nan])
-def test_whole_numbers(value):
-    with pytest.raises(UsageError, match="steps is"):
-        whole("steps", value, 1, 10)
-
-
-@pytest.mark.parametrize("value", ["3", None, True, math.nan, math.inf])
-def test_finite_numbers(value):
-    with pytest.raises(UsageError, match="guidance is"):
-        finite("guidance", value)
-
-
 def test_one_step_is_a_step(model):
     assert model.sample(1, steps=1).images.isfinite().all()
 
@@ -216,20 +158,3 @@ def test_it_says_what_will_run(classy):
     said = classy.plan(16, classes="one", guidance=2.0, steps=20, eta=0.5).sentence()
     assert said == "16 samples of 1x8x8: ddim (eta 0.5), 20 steps on trailing, guidance 2.0: 40 evaluations each"
     assert classy.plan(1, steps=1, sampler="ddpm").sentence().endswith("1 step on trailing: 1 evaluation each")
-
-
-@given(st.lists(st.integers(1, 5000), min_size=2, max_size=2))
-def test_a_bucket_is_a_power_of_two_within_its_bounds(size):
-    rows = bucket_rows((3, *size))
-    assert 1 <= rows <= 32
-    assert rows & (rows - 1) == 0
-    assert rows == 1 or rows * size[0] * size[1] <= 8192
-
-
-@given(st.integers(1, 50), st.data())
-def test_intermediates_are_spread_and_end_at_the_last_step(steps, data):
-    count = data.draw(st.integers(1, steps))
-    kept = settle_kept(count, steps)
-    assert len(set(kept)) == count
-    assert kept[-1] == steps
-    assert kept[0] >= 1

@@ -14,8 +14,8 @@ from reverie.diffusion.samplers.base import run, start
 from reverie.diffusion.samplers.ddim import DDIM
 from reverie.models import memory
 from reverie.models.model import Model
-from reverie.models.plan import bucket_rows
 from reverie.models.sampling import Progress
+from reverie.models.settling import bucket_rows
 
 
 def calls(model: Model, run) -> list[int]:

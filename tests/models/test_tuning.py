@@ -57,6 +57,15 @@ def test_one_step_can_be_fitted_and_polishing_left_out(model, rounds):
     assert 0 < solver.error < 1
 
 
+def test_a_table_of_few_times_is_its_own_exact_solution(model):
+    card = model.card.model_copy(update={"schedule": ScheduleSpec(name="cosine", options={"timesteps": 6})})
+    short = Model(build(card), card)
+    (solver,) = tune_model(short, [2], samples=4, walks=1, rounds=1)
+    assert 0 < solver.error <= solver.best_published
+    with pytest.raises(UsageError, match=r"steps \[6\]; .* in 1\.\.5, fewer than"):
+        tune_model(short, [6], samples=4)
+
+
 def test_auto_takes_the_models_own_and_the_picture_can_be_made_again(model, fitted, tmp_path):
     rv.save(model, tmp_path / "m")
     assert store_solvers(tmp_path / "m", fitted).name == "reverie.json"
