@@ -7,6 +7,12 @@ no network is among them. There are four for each schedule and number of steps: 
 of fewer than 40, of fewer than 2048, and of more. As in `tune`, half of the starts lie at borders
 (reverie.diffusion.starts). On mixtures that it was not fitted to, a new solver is set beside the one that the file has
 and beside published ones, and the best of them is kept. What is not named stays as it is.
+
+    python tools/fit_recipes.py --schedules linear --networks runs/digits,runs/mnist
+
+keeps none that is much farther than UniPC on trained networks of that schedule, which are rougher than mixtures, and
+beside fitted solvers tries some that were hardly moved from where they began: the less they were, the less of what
+holds for mixtures alone they have learned. Where none is left, a row goes, and `auto` is UniPC.
 """
 
 import argparse
@@ -23,25 +29,35 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+import reverie as rv
 from reverie.diffusion.grids import uniform_log_snr
 from reverie.diffusion.levels import levels
 from reverie.diffusion.oracle_stack import MixtureStack, random_circles, random_stack
 from reverie.diffusion.polish import attempt, polish
 from reverie.diffusion.recipes import FILE, of_row
 from reverie.diffusion.registry import schedules
+from reverie.diffusion.samplers.base import Sampler
+from reverie.diffusion.samplers.dpmpp import DPMpp2M, DPMpp3M
 from reverie.diffusion.samplers.exponential import step_weights
-from reverie.diffusion.samplers.learned import Recipe
+from reverie.diffusion.samplers.learned import Learned, Recipe, as_recipe
+from reverie.diffusion.samplers.unipc import UniPC
 from reverie.diffusion.schedules import Schedule
 from reverie.diffusion.starts import Circles, stages
 from reverie.diffusion.trajectories import Trajectories, trajectories
-from reverie.diffusion.tuning import PAST, judged, published, tune
+from reverie.diffusion.tuning import PAST, judged, padded, published, tune
 
 STEPS = (5, 10, 20, 15, 8, 6, 4, 3, 2, 1, 7, 9, 12, 11, 13, 14, 16, 18, 50, 30)
 DIMENSIONS = {"points": (2, 4), "few": (16,), "small": (64,), "large": (768, 3072)}
+UNIPC = "published 3"  # of order 3 on the grid that is uniform in lambda: what `auto` is without a row
 FIRST_SEED, TEST_SEED, MIXTURES = 1_000_000, 2_000_000, 6  # seeds of the mixtures; how many of them
 FIRST, MORE, TEST = 64, 96, 500  # starts of each, drawn evenly: to walk along, to polish on in a stage, to judge by
 EXACT = 300  # steps of the exact solutions
 WALKS, ROUNDS, STAGES = 10, 12, 2
+NOISE = 0.3  # how much errors of the single estimates count (polish.py, 1): the networks that these serve have theirs
+CAREFUL = tuple(
+    product((0.1, 0.3), (2, 4))
+)  # how much those errors count, and rounds, of solvers that are hardly moved
+SAMPLES, FARTHER = 24, 1.2  # samples of a network; how many times as far as UniPC a solver may be on it
 MANY = 20  # steps, above which published solvers are polished and no grids are walked
 
 
@@ -75,11 +91,47 @@ def drawn(
 def fit(lessons: Lessons, steps: int, known: Sequence[Recipe]) -> Recipe:
     """Return a solver fitted to some starts, then polished on others; of many steps, the best of those known is."""
     if steps <= MANY:
-        return tune(lessons.walked, steps, WALKS, ROUNDS, more=known, stages=lessons.stages)[0]
-    recipe = judged(lessons.stages[0], list(known))[0][0]
+        return tune(lessons.walked, steps, WALKS, ROUNDS, more=known, stages=lessons.stages, noise=NOISE)[0]
+    recipe = judged(lessons.stages[0], list(known), NOISE)[0][0]
     for stage in lessons.stages:
-        recipe, _ = polish(stage, recipe, ROUNDS)
+        recipe, _ = polish(stage, recipe, ROUNDS, noise=NOISE)
     return recipe
+
+
+def careful(lessons: Lessons, schedule: Schedule, steps: int) -> dict[str, Recipe]:
+    """Return solvers that are hardly moved from published ones."""
+    grid, found = uniform_log_snr(schedule, steps), {}
+    first = [padded(as_recipe(rule, schedule, grid)) for rule in (UniPC(2), UniPC(3), DPMpp2M(), DPMpp3M())]
+    for noise, rounds in CAREFUL:
+        recipe = min((polish(lessons.stages[0], one, rounds, noise=noise) for one in first), key=lambda one: one[1])[0]
+        for stage in lessons.stages[1:]:
+            recipe, _ = polish(stage, recipe, rounds, noise=noise)
+        found[f"careful {noise} {rounds}"] = recipe
+    return found
+
+
+class Network:
+    """A trained network, and where its samples end."""
+
+    def __init__(self, path: str) -> None:
+        self.model = rv.load(path)
+        self.truth = self.draw("dpmpp-3m", grid="log-snr", steps=EXACT)
+
+    def draw(self, sampler: str | Sampler, **how: Any) -> Tensor:
+        """Return samples, always of the same noise."""
+        names = self.model.card.classes
+        how |= {"classes": [names[i % len(names)] for i in range(SAMPLES)]} if names else {}
+        return self.model.sample(
+            SAMPLES, sampler=sampler, seed=TEST_SEED, exact=False, batch_size=SAMPLES, **how
+        ).images
+
+    def distance(self, sampler: str | Sampler, **how: Any) -> float:
+        """Return the root mean square distance from where they end."""
+        return float((self.draw(sampler, **how) - self.truth).double().square().mean().sqrt())
+
+    def farther(self, recipe: Recipe) -> float:
+        """Return how many times as far as UniPC's a solver's samples end."""
+        return self.distance(Learned(recipe)) / self.distance("unipc", grid="log-snr", steps=recipe.steps)
 
 
 def adams(schedule: Schedule, grid: Float[Tensor, " n"], order: int) -> Recipe:
@@ -107,9 +159,11 @@ def main() -> None:
     parser.add_argument("--schedules", default="linear,scaled-linear,cosine,vp,flow,edm", help="names, with commas")
     parser.add_argument("--sizes", default=",".join(DIMENSIONS), help="with commas")
     parser.add_argument("--steps", default=",".join(map(str, STEPS)), help="with commas")
+    parser.add_argument("--networks", default="", help="trained models of the schedule, with commas")
     parser.add_argument("--out", type=Path, default=FILE, help="the file of recipes")
     options = parser.parse_args()
     torch.set_grad_enabled(False)
+    networks = [Network(path) for path in options.networks.split(",") if path]
     for name, size in product(options.schedules.split(","), options.sizes.split(",")):
         began, schedule = time.perf_counter(), schedules[name]()
         lessons = Lessons.of(schedule, DIMENSIONS[size])
@@ -122,16 +176,20 @@ def main() -> None:
             if str(steps) in rows:
                 candidates["kept"] = of_row(rows[str(steps)])
             candidates["fitted"] = fit(lessons, steps, list(candidates.values()))
-            errors = {
-                word: found[1] for word, recipe in candidates.items() if (found := attempt(lessons.judging, recipe))
-            }
-            best = min(errors, key=lambda word: errors[word])
-            rows[str(steps)] = rounded(candidates[best])
+            if networks:
+                candidates |= careful(lessons, schedule, steps)
+            tried = {word: attempt(lessons.judging, recipe, NOISE) for word, recipe in candidates.items()}
+            errors = {word: found[1] for word, found in tried.items() if found}
+            worst = {word: max((one.farther(candidates[word]) for one in networks), default=0.0) for word in errors}
+            allowed = [word for word in errors if worst[word] <= FARTHER]
+            best = min(allowed, key=lambda word: errors[word], default=UNIPC)
+            if best == UNIPC:
+                rows.pop(str(steps), None)
+            else:
+                rows[str(steps)] = rounded(candidates[best])
             options.out.write_text(json.dumps(table, separators=(",", ":")) + "\n")
-            others = {word: round(value, 2) for word, value in errors.items() if not word.startswith("published")}
-            least = min((value for word, value in errors.items() if word.startswith("published")), default=0.0)
-            print(f"{name} {size} {steps}: {best} of {others}, published {least:.2f}, "
-                  f"{time.perf_counter() - began:.0f} s", flush=True)  # fmt: skip
+            others = {word: (round(value, 2), round(worst[word], 2)) for word, value in errors.items()}
+            print(f"{name} {size} {steps}: {best} of {others}, {time.perf_counter() - began:.0f} s", flush=True)
 
 
 if __name__ == "__main__":

@@ -4,14 +4,16 @@ The regressions of tuning.py look one step ahead. Here all numbers of a recipe m
 nearer to where the exact trajectories end. What is judged is the typical error and the mean error alike, of several
 sets of trajectories in given parts,
 
-    L = (1 - a) sum_i p_i ln d_i^2 + a ln (sum_i p_i d_i)^2 + b sum_kj (1 - rho_(k+1)/rho_k)^2 c_kj^2,     (1)
+    L = (1 - a) sum_i p_i ln d_i^2 + a ln (sum_i p_i d_i)^2 + b sum_j g_j^2,                                (1)
 
 d_i^2 = e_i^2 + f, with e_i = |x_i - x*_i| of sample i, and f a part of the median of e_i^2, lest samples that are right
 already count for most. At borders e_i is over the sample's sensitivity, and the mean then what the share of samples on
 the wrong side, and so the square of the root mean square error of all, is in proportion to (starts.py). The root mean
 square of what is fitted to says less: it is that of the few which are on the wrong side, and moving a solver a little
 moves those a little, within the wrong mode. The last sum is what errors of the single estimates, of which a network
-has some, would add. Logarithms and roots lie below their tangents, so that lowering the squares weighted by
+has some, would add: g_j is how the end moves with the j-th, of data of one Gaussian of unit variance, whose estimates
+follow what came before (`gains`). Logarithms and roots lie below their tangents, so that lowering the squares weighted
+by
 
     w_i = p_i (1 - a) / d_i^2 + p_i a / (d_i sum_j p_j d_j)                                                (2)
 
@@ -47,7 +49,8 @@ from reverie.diffusion.trajectories import Trajectories
 
 MEAN = 0.5  # a of (1)
 TYPICAL = 0.1  # f of (1), in medians of the squared error
-NOISE = 1e-3  # b of (1)
+NOISE = 1e-3  # b of (1), where the model that is fitted to is the one that is sampled
+NUDGE = 1e-5  # for the derivatives of g
 FLOOR = 1e-14  # added to squared errors before their logarithm is taken
 GAP = 0.02  # the least step, in lambda
 TRIES = 6  # dampings that a round tries
@@ -128,22 +131,43 @@ def parts(sets: Sequence[Trajectories]) -> list[float]:
     return [one.part / sum(other.part for other in sets) for one in sets]
 
 
-def measure(sets: Sequence[Trajectories], recipe: Recipe, paths: Sequence[Path]) -> float:
-    """Return L of (1)."""
+def measure(sets: Sequence[Trajectories], recipe: Recipe, paths: Sequence[Path], noise: float = NOISE) -> float:
+    """Return L of (1), with b `noise`."""
     total = 0.0
     for one, path, part in zip(sets, paths, parts(sets), strict=True):
         d = distances(one, path.x[-1])
         typical = (one.share * d.log()).sum().item()
         total += 2 * part * ((1 - MEAN) * typical + MEAN * math.log((one.share * d).sum().item()))
-    weights = torch.tensor([c for row in recipe.weights for c in row], dtype=torch.float64)
-    return total + NOISE * float((stiffness(sets[0], recipe) * weights.square()).sum())
+    return total + noise * float(gains(recipe).square().sum())
 
 
-def stiffness(one: Trajectories, recipe: Recipe) -> Float[Tensor, " n"]:
-    """Return the squared factor of each weight in the last sum of (1)."""
-    known = recipe_levels(one, recipe)
-    factor = [(1 - known[k + 1].rho / known[k].rho) ** 2 for k, row in enumerate(recipe.weights) for _ in row]
-    return torch.tensor(factor, dtype=torch.float64)
+def gains(recipe: Recipe) -> Float[Tensor, " n"]:
+    r"""Return how the end moves with an error of each estimate, g of (1), of data of one Gaussian of unit variance.
+
+    There the estimate is z / (1 + rho^2), so that with e_j an error of the j-th
+
+        D_j = z_j / (1 + rho_j^2) + e_j,    g_j = d z_N / d e_j,                                        (3)
+
+    a recursion by learned.py (1). Weights that extrapolate from estimates which lie close together have large ones.
+
+    Example:
+        >>> gains(Recipe((-5.0,), ((1.0,),))).tolist()
+        [1.0]
+    """
+    rho, n = [math.exp(-lam) for lam in recipe.lam] + [0.0], recipe.steps
+    z, estimates, errors = torch.zeros(n, dtype=torch.float64), list[Tensor](), torch.eye(n, dtype=torch.float64)
+    for k, row in enumerate(recipe.weights):
+        estimates.append(z / (1 + rho[k] ** 2) + errors[k])
+        kept = rho[k + 1] / rho[k]
+        z = kept * z + (1 - kept) * blend(row, estimates)
+    return z
+
+
+def gains_slope(recipe: Recipe, most: float) -> Float[Tensor, "n p"]:
+    """Return how the gains change with each of the recipe's numbers, by differences."""
+    theta, here = pack(recipe), gains(recipe)
+    moved = [gains(unpack(theta + NUDGE * axis, recipe, most)) for axis in torch.eye(len(theta), dtype=torch.float64)]
+    return (torch.stack(moved, 1) - here[:, None]) / NUDGE
 
 
 # The numbers of a recipe, in the order in which they come into play ----------------------------------
@@ -166,16 +190,6 @@ def unpack(theta: Float[Tensor, " p"], like: Recipe, most: float) -> Recipe:
             lam.append(max(due, lam[-1] + GAP))
         left = left[len(row) + 1 :]
     return Recipe(tuple(lam), tuple(rows))
-
-
-def weight_places(recipe: Recipe) -> list[int]:
-    """Return where the weights are among a recipe's numbers."""
-    places: list[int] = []
-    at = 0
-    for row in recipe.weights:
-        places += range(at, at + len(row))
-        at += len(row) + 1
-    return places
 
 
 # Derivatives ------------------------------------------------------------------------------------
@@ -261,6 +275,7 @@ def polish(
     recipe: Recipe,
     rounds: int,
     progress: Callable[[int, float], None] | None = None,
+    noise: float = NOISE,
 ) -> tuple[Recipe, float]:
     """Return a recipe made better on some sets of trajectories, and L of (1); it is never worse there.
 
@@ -269,17 +284,18 @@ def polish(
         recipe: What to begin with.
         rounds: How often the derivatives may be taken.
         progress: Called with the rounds done and L.
+        noise: b of (1).
     """
     most, damping = max(level.lam for level in sets[0].known), 1e-2
     paths = [follow(one, recipe) for one in sets]
-    best = measure(sets, recipe, paths)
+    best = measure(sets, recipe, paths, noise)
     for done in range(1, rounds + 1):
         found = None
-        normal, gradient = equations(sets, recipe, paths)
+        normal, gradient = equations(sets, recipe, paths, noise)
         for _ in range(TRIES):
             damped = normal + torch.diag(damping * normal.diagonal() + 1e-12 * normal.diagonal().max())
             tried = unpack(pack(recipe) - torch.linalg.solve(damped, gradient), recipe, most)
-            found = attempt(sets, tried)
+            found = attempt(sets, tried, noise)
             if found is not None and found[1] < best:
                 damping = max(damping / 4, 1e-7)
                 break
@@ -295,17 +311,19 @@ def polish(
     return recipe, best
 
 
-def attempt(sets: Sequence[Trajectories], recipe: Recipe) -> tuple[list[Path], float] | None:
+def attempt(sets: Sequence[Trajectories], recipe: Recipe, noise: float = NOISE) -> tuple[list[Path], float] | None:
     """Return the walks of a recipe and L of (1); None where they leave what numbers can hold."""
     try:
         paths = [follow(one, recipe) for one in sets]
     except NonFiniteError:
         return None
-    value = measure(sets, recipe, paths)
+    value = measure(sets, recipe, paths, noise)
     return (paths, value) if math.isfinite(value) else None
 
 
-def equations(sets: Sequence[Trajectories], recipe: Recipe, paths: Sequence[Path]) -> tuple[Tensor, Tensor]:
+def equations(
+    sets: Sequence[Trajectories], recipe: Recipe, paths: Sequence[Path], noise: float
+) -> tuple[Tensor, Tensor]:
     """Return the normal equations' matrix (P, P) and right-hand side (P,), of the squares weighted by (2)."""
     numbers = len(pack(recipe))
     matrix = torch.zeros(numbers, numbers, dtype=torch.float64)
@@ -318,8 +336,5 @@ def equations(sets: Sequence[Trajectories], recipe: Recipe, paths: Sequence[Path
         off = (path.x[-1] - one.end).double().flatten()
         matrix += (weighted.flatten(0, 1).mT @ slope.flatten(0, 1)).cpu()
         side += (off @ weighted.flatten(0, 1)).cpu()
-    at = weight_places(recipe)
-    pull = NOISE * stiffness(sets[0], recipe)
-    matrix[at, at] += pull
-    side[at] += pull * pack(recipe)[at]
-    return matrix, side
+    slope = gains_slope(recipe, max(level.lam for level in sets[0].known))
+    return matrix + noise * slope.mT @ slope, side + noise * slope.mT @ gains(recipe)

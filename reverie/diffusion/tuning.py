@@ -33,7 +33,7 @@ from torch import Tensor
 from reverie.base.errors import UsageError
 from reverie.diffusion.grids import karras, trailing, uniform_log_snr
 from reverie.diffusion.levels import Level, levels
-from reverie.diffusion.polish import attempt, polish, squares
+from reverie.diffusion.polish import NOISE, attempt, polish, squares
 from reverie.diffusion.predictions import Data
 from reverie.diffusion.samplers.base import Sampler, ask
 from reverie.diffusion.samplers.dpmpp import DPMpp2M, DPMpp3M
@@ -222,6 +222,7 @@ def tune(
     progress: Callable[[int, float], None] | None = None,
     more: Sequence[Recipe] = (),
     stages: Sequence[Sequence[Trajectories]] = (),
+    noise: float = NOISE,
 ) -> tuple[Recipe, float]:
     """Return the fitted solver of so many steps, and its error: the logarithm of what `loss` says, or `polish`.
 
@@ -234,6 +235,7 @@ def tune(
         more: Solvers of so many steps that may be polished as well.
         stages: What solvers are polished on instead of the sets: all of them on the first, the best on each of the
             others in turn, which are best drawn anew. Among them are starts at borders (starts.py).
+        noise: How much errors of the single estimates count: b of polish.py (1).
 
     Raises:
         UsageError: steps is out of range.
@@ -247,9 +249,9 @@ def tune(
         return recipe_of(sets, best), best.loss
     candidates = [recipe_of(sets, one) for one in {one.nodes: one for one in (*first, best)}.values()]
     measures = stages or [sets]
-    found = sieve(measures[0], [*candidates, *published(sets, steps), *map(padded, more)], rounds, progress)
+    found = sieve(measures[0], [*candidates, *published(sets, steps), *map(padded, more)], rounds, progress, noise)
     for measure in measures[1:]:
-        found = polish(measure, found[0], rounds, progress)
+        found = polish(measure, found[0], rounds, progress, noise)
     return found
 
 
@@ -300,18 +302,21 @@ def sieve(
     candidates: Sequence[Recipe],
     rounds: int,
     progress: Callable[[int, float], None] | None,
+    noise: float,
 ) -> tuple[Recipe, float]:
     """Polish some recipes a little, the better ones of them more, and the best one most; return that, and its error."""
-    known = judged(sets, candidates)
+    known = judged(sets, candidates, noise)
     for few, keep in SIEVE:
         if rounds > 2 * few:
-            known = sorted((polish(sets, recipe, few) for recipe, _ in known[:keep]), key=lambda one: one[1])
-    return polish(sets, known[0][0], rounds, progress)
+            known = sorted(
+                (polish(sets, recipe, few, noise=noise) for recipe, _ in known[:keep]), key=lambda one: one[1]
+            )
+    return polish(sets, known[0][0], rounds, progress, noise)
 
 
-def judged(sets: Sequence[Trajectories], recipes: Sequence[Recipe]) -> list[tuple[Recipe, float]]:
+def judged(sets: Sequence[Trajectories], recipes: Sequence[Recipe], noise: float = NOISE) -> list[tuple[Recipe, float]]:
     """Return recipes with their errors on some sets, the best first; without those that leave what numbers can hold."""
-    found = [(recipe, tried[1]) for recipe in recipes if (tried := attempt(sets, recipe)) is not None]
+    found = [(recipe, tried[1]) for recipe in recipes if (tried := attempt(sets, recipe, noise)) is not None]
     return sorted(found, key=lambda one: one[1])
 
 

@@ -9,11 +9,24 @@ import torch
 from reverie.base.randomness import normal
 from reverie.diffusion.denoisers import Denoiser
 from reverie.diffusion.grids import karras
+from reverie.diffusion.levels import levels
 from reverie.diffusion.oracle_stack import MixtureStack
 from reverie.diffusion.oracles import random_mixture
-from reverie.diffusion.polish import attempt, derivatives, follow, measure, pack, polish, squares, unpack
+from reverie.diffusion.polish import (
+    attempt,
+    blend,
+    derivatives,
+    follow,
+    gains,
+    gains_slope,
+    measure,
+    pack,
+    polish,
+    squares,
+    unpack,
+)
 from reverie.diffusion.registry import samplers, schedules
-from reverie.diffusion.samplers.learned import Recipe, as_recipe
+from reverie.diffusion.samplers.learned import Recipe, as_recipe, factors
 from reverie.diffusion.trajectories import trajectories
 from reverie.diffusion.tuning import padded
 
@@ -105,3 +118,34 @@ def test_weights_that_numbers_cannot_hold_are_no_walk():
     one = some("linear")
     wild = Recipe((-5.0, 0.0, 1.0), ((1e200,), (1e200, 0.0), (1e200, 0.0, 0.0)))
     assert attempt([one], wild) is None
+
+
+@pytest.mark.parametrize("name", ["linear", "edm"])
+def test_gains_are_how_the_end_moves_of_one_gaussian(name):
+    recipe, schedule = usual(name, 5), schedules[name]()
+
+    def end(errors):
+        """Where a sample of a standard Gaussian ends, whose estimates are off by these."""
+        x, seen = torch.ones(1, dtype=F64), []
+        known = levels(schedule, recipe.grid(schedule).tolist())
+        for k, row in enumerate(recipe.weights):
+            alpha, sigma = known[k].alpha, known[k].sigma
+            seen.append(alpha / (alpha**2 + sigma**2) * x + errors[k])
+            keep, gain = factors(known[k], known[k + 1])
+            x = keep * x + gain * blend(row, seen)
+        return x
+
+    without = end(torch.zeros(5, dtype=F64))
+    moved = torch.cat([end(axis) - without for axis in torch.eye(5, dtype=F64)])
+    torch.testing.assert_close(gains(recipe), moved, rtol=1e-5, atol=1e-8)
+    theta, slope = pack(recipe), gains_slope(recipe, 100.0)
+    step = 1e-4 * torch.linspace(-1, 1, len(theta), dtype=F64)
+    wanted = gains(unpack(theta + step, recipe, 100.0)) - gains(unpack(theta - step, recipe, 100.0))
+    torch.testing.assert_close(2 * slope @ step, wanted, rtol=2e-3, atol=1e-6)
+
+
+def test_where_errors_of_estimates_count_more_they_are_smaller_in_the_end():
+    one, recipe = some("linear", count=48), usual("linear")
+    found = [polish([one], recipe, 8, noise=noise)[0] for noise in (1e-3, 1.0)]
+    few, many = (float(gains(r).square().sum()) for r in reversed(found))
+    assert few < many / 2
