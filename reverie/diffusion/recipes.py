@@ -1,8 +1,8 @@
 """Solvers fitted beforehand, for models that have none of their own: to mixtures of Gaussians, by schedule.
 
-The table beside this file was made by tools/fit_recipes.py, for samples of few numbers, some and many. On a model
-that it was not fitted to it cannot be the best there is; docs/benchmarks.md has how it compares with the published
-solvers at each number of steps.
+The table beside this file was made by tools/fit_recipes.py, for samples of few numbers, some and many, and has no
+solver that was much farther than UniPC on some trained networks. On a model that it was not fitted to it cannot be the
+best there is; docs/benchmarks.md has how it compares with the published solvers at each number of steps.
 """
 
 import json

@@ -7,8 +7,8 @@ from reverie.base.errors import UsageError
 from reverie.base.randomness import Noise, normal
 from reverie.diffusion.grids import uniform_log_snr
 from reverie.diffusion.oracles import random_mixture
-from reverie.diffusion.polish import follow
-from reverie.diffusion.recipes import general
+from reverie.diffusion.polish import follow, gains
+from reverie.diffusion.recipes import general, of_row, table
 from reverie.diffusion.registry import grids, samplers, schedules
 from reverie.diffusion.samplers.base import run
 from reverie.diffusion.samplers.learned import Learned
@@ -142,15 +142,22 @@ def test_what_is_shipped_beats_ddim_where_it_was_not_fitted():
         assert own < ddim / 4
 
 
+def test_what_is_shipped_does_not_make_much_of_errors_of_the_estimates():
+    """Those that networks bore badly, up to 49 times UniPC's distance, had sums of up to 256; UniPC's is 2 to 6."""
+    for name in ("linear", "scaled-linear", "edm", "flow"):
+        for row in (row for rows in table()[name].values() for row in rows.values()):
+            assert float(gains(of_row(row)).square().sum()) < 10
+
+
 def test_between_two_sizes_another_solver_serves():
     """Of fewer than 40 numbers those of their own, where there are any; else what serves the small ones."""
     linear, cosine = schedules["linear"](), schedules["cosine"]()
-    assert general(linear, 6, 39) != general(linear, 6, 40)
+    assert general(linear, 5, 39) != general(linear, 5, 40)
     for fewer, more in ((16, 39), (40, 2047)):
-        assert general(linear, 6, fewer) == general(linear, 6, more)
+        assert general(linear, 5, fewer) == general(linear, 5, more)
     assert general(linear, 30, 39) == general(linear, 30, 64)
     assert general(cosine, 6, 2) == general(cosine, 6, 64) != general(cosine, 6, 3072)
-    assert [general(linear, 50, numbers) is None for numbers in (2, 64, 3072)] == [False, False, True]
+    assert [general(linear, 50, numbers) is None for numbers in (2, 64, 3072)] == [False, True, True]
 
 
 def test_a_schedule_that_was_not_fitted_has_none():
