@@ -54,9 +54,8 @@ FIRST, MORE, TEST = 64, 96, 500  # starts of each, drawn evenly: to walk along, 
 EXACT = 300  # steps of the exact solutions
 WALKS, ROUNDS, STAGES = 10, 12, 2
 NOISE = 0.3  # how much errors of the single estimates count (polish.py, 1): the networks that these serve have theirs
-CAREFUL = tuple(
-    product((0.1, 0.3), (2, 4))
-)  # how much those errors count, and rounds, of solvers that are hardly moved
+# How much those errors count, and rounds, of solvers that are hardly moved.
+CAREFUL = tuple(product((0.1, 0.3), (2, 4)))
 SAMPLES, FARTHER = 24, 1.2  # samples of a network; how many times as far as UniPC a solver may be on it
 MANY = 20  # steps, above which published solvers are polished and no grids are walked
 
@@ -181,8 +180,8 @@ def main() -> None:
             tried = {word: attempt(lessons.judging, recipe, NOISE) for word, recipe in candidates.items()}
             errors = {word: found[1] for word, found in tried.items() if found}
             worst = {word: max((one.farther(candidates[word]) for one in networks), default=0.0) for word in errors}
-            allowed = [word for word in errors if worst[word] <= FARTHER]
-            best = min(allowed, key=lambda word: errors[word], default=UNIPC)
+            allowed = {word: error for word, error in errors.items() if worst[word] <= FARTHER}
+            best = min(allowed, key=allowed.__getitem__, default=UNIPC)
             if best == UNIPC:
                 rows.pop(str(steps), None)
             else:
