@@ -10,7 +10,7 @@ from reverie.diffusion.polish import follow, polish, squares
 from reverie.diffusion.registry import schedules
 from reverie.diffusion.starts import BORDER, LEAST, at_borders, bounded, circles, sensitivity, solved, stages, two_ends
 from reverie.diffusion.trajectories import trajectories
-from reverie.diffusion.tuning import published
+from reverie.diffusion.tuning import judged, published
 
 F64 = torch.float64
 
@@ -116,7 +116,8 @@ def test_polished_on_them_as_well_a_solver_ends_seldomer_on_the_wrong_side():
     near = at_borders(stack, around, 64)
     border = two_ends(stack, near, bounded(sensitivity(stack, near)), 64, 64)
     even, more = (two_ends(stack, x[:count], steps=64, numbers=64) for count in (64, 128))
-    first, unseen, wrong = published([even], 8)[1], two_ends(stack, at_borders(stack, other, 500), None, 64, 64), {}
+    first = judged([even, border], published([even], 8))[0][0]
+    unseen, wrong = two_ends(stack, at_borders(stack, other, 500), None, 64, 64), {}
     for word, sets in {"even": [more], "both": [even, border]}.items():
         recipe, _ = polish(sets, first, 8)
         wrong[word] = int((squares(unseen, follow(unseen, recipe).x[-1]) > 0.1).sum())
