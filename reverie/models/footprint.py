@@ -25,10 +25,11 @@ from reverie.models.codec import Codec
 from reverie.models.plan import SamplingPlan
 from reverie.networks.autoencoder import ConvolutionalAutoencoder
 from reverie.networks.captioned import Captioned
-from reverie.networks.dit import DiT
+from reverie.networks.dit import DiT, DiTConfig
 from reverie.networks.edm2 import EDM2
 from reverie.networks.packed import Packed
 from reverie.networks.unet import UNet
+from reverie.networks.unet_config import UNetConfig
 
 RESIDUAL, TRANSFORMER, DECODER = 6, 20, 5  # tensors of a level that are there at once
 
@@ -54,17 +55,14 @@ def step_bytes(network: nn.Module, plan: SamplingPlan) -> int:
 
 def numbers_of(network: nn.Module, *size: int) -> int:
     """Return how many numbers a network holds at once for one image of some height and width."""
-    if isinstance(network, DiT):
-        height, width = (-(-side // network.config.patch) for side in size)
-        return round(height * width * network.config.width * (3 + 2 * network.config.mlp_ratio))
-    if isinstance(network, UNet):
-        attends = ["Cross" in kind for kind in network.config.down_types]
-        return pyramid(
-            network.config.channels, network.config.layers, attends, [-(-n // network.config.patch) for n in size]
-        )
-    if isinstance(network, EDM2):
-        return pyramid(network.config.channels, network.config.layers, [False] * len(network.config.channels), size)
-    return 0
+    if not isinstance(network, DiT | UNet | EDM2):
+        return 0
+    config = network.config
+    height, width = (-(-side // getattr(config, "patch", 1)) for side in size)
+    if isinstance(config, DiTConfig):
+        return round(height * width * config.width * (3 + 2 * config.mlp_ratio))
+    attends = [isinstance(config, UNetConfig) and "Cross" in config.down_types[i] for i in range(len(config.channels))]
+    return pyramid(config.channels, config.layers, attends, (height, width))
 
 
 def pyramid(channels: Sequence[int], layers: int, attends: Sequence[bool], size: Sequence[int]) -> int:
