@@ -21,6 +21,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 from itertools import chain, pairwise, product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,18 +38,17 @@ from reverie.diffusion.polish import attempt, polish
 from reverie.diffusion.recipes import FILE, of_row
 from reverie.diffusion.registry import schedules
 from reverie.diffusion.samplers.base import Sampler
-from reverie.diffusion.samplers.dpmpp import DPMpp2M, DPMpp3M
 from reverie.diffusion.samplers.exponential import step_weights
-from reverie.diffusion.samplers.learned import Learned, Recipe, as_recipe
-from reverie.diffusion.samplers.unipc import UniPC
+from reverie.diffusion.samplers.learned import Learned, Recipe
 from reverie.diffusion.schedules import Schedule
 from reverie.diffusion.starts import Circles, stages
 from reverie.diffusion.trajectories import Trajectories, trajectories
-from reverie.diffusion.tuning import PAST, judged, padded, published, tune
+from reverie.diffusion.tuning import PAST, judged, published, tune
 
 STEPS = (5, 10, 20, 15, 8, 6, 4, 3, 2, 1, 7, 9, 12, 11, 13, 14, 16, 18, 50, 30)
 DIMENSIONS = {"points": (2, 4), "few": (16,), "small": (64,), "large": (768, 3072)}
-UNIPC = "published 3"  # of order 3 on the grid that is uniform in lambda: what `auto` is without a row
+GRIDS = 3  # of each published solver, the first uniform in lambda
+UNIPC = "published 3"  # of order 3 on that: what `auto` is without a row
 FIRST_SEED, TEST_SEED, MIXTURES = 1_000_000, 2_000_000, 6  # seeds of the mixtures; how many of them
 FIRST, MORE, TEST = 64, 96, 500  # starts of each, drawn evenly: to walk along, to polish on in a stage, to judge by
 EXACT = 300  # steps of the exact solutions
@@ -91,21 +91,22 @@ def fit(lessons: Lessons, steps: int, known: Sequence[Recipe]) -> Recipe:
     """Return a solver fitted to some starts, then polished on others; of many steps, the best of those known is."""
     if steps <= MANY:
         return tune(lessons.walked, steps, WALKS, ROUNDS, more=known, stages=lessons.stages, noise=NOISE)[0]
-    recipe = judged(lessons.stages[0], list(known), NOISE)[0][0]
-    for stage in lessons.stages:
-        recipe, _ = polish(stage, recipe, ROUNDS, noise=NOISE)
+    return polished(lessons.stages, judged(lessons.stages[0], list(known), NOISE)[0][0], ROUNDS, NOISE)
+
+
+def polished(stages: Sequence[Sequence[Trajectories]], recipe: Recipe, rounds: int, noise: float) -> Recipe:
+    """Return a solver that was polished in each stage in turn."""
+    for stage in stages:
+        recipe, _ = polish(stage, recipe, rounds, noise=noise)
     return recipe
 
 
-def careful(lessons: Lessons, schedule: Schedule, steps: int) -> dict[str, Recipe]:
-    """Return solvers that are hardly moved from published ones."""
-    grid, found = uniform_log_snr(schedule, steps), {}
-    first = [padded(as_recipe(rule, schedule, grid)) for rule in (UniPC(2), UniPC(3), DPMpp2M(), DPMpp3M())]
+def careful(lessons: Lessons, steps: int) -> dict[str, Recipe]:
+    """Return solvers that are hardly moved from published ones on the grid that is uniform in lambda."""
+    first, (begun, *further), found = published(lessons.judging, steps)[::GRIDS], lessons.stages, {}
     for noise, rounds in CAREFUL:
-        recipe = min((polish(lessons.stages[0], one, rounds, noise=noise) for one in first), key=lambda one: one[1])[0]
-        for stage in lessons.stages[1:]:
-            recipe, _ = polish(stage, recipe, rounds, noise=noise)
-        found[f"careful {noise} {rounds}"] = recipe
+        recipe, _ = min((polish(begun, one, rounds, noise=noise) for one in first), key=lambda one: one[1])
+        found[f"careful {noise} {rounds}"] = polished(further, recipe, rounds, noise)
     return found
 
 
@@ -115,6 +116,7 @@ class Network:
     def __init__(self, path: str) -> None:
         self.model = rv.load(path)
         self.truth = self.draw("dpmpp-3m", grid="log-snr", steps=EXACT)
+        self.unipc = cache(lambda steps: self.distance("unipc", grid="log-snr", steps=steps))
 
     def draw(self, sampler: str | Sampler, **how: Any) -> Tensor:
         """Return samples, always of the same noise."""
@@ -130,7 +132,7 @@ class Network:
 
     def farther(self, recipe: Recipe) -> float:
         """Return how many times as far as UniPC's a solver's samples end."""
-        return self.distance(Learned(recipe)) / self.distance("unipc", grid="log-snr", steps=recipe.steps)
+        return self.distance(Learned(recipe)) / self.unipc(recipe.steps)
 
 
 def adams(schedule: Schedule, grid: Float[Tensor, " n"], order: int) -> Recipe:
@@ -176,7 +178,7 @@ def main() -> None:
                 candidates["kept"] = of_row(rows[str(steps)])
             candidates["fitted"] = fit(lessons, steps, list(candidates.values()))
             if networks:
-                candidates |= careful(lessons, schedule, steps)
+                candidates |= careful(lessons, steps)
             tried = {word: attempt(lessons.judging, recipe, NOISE) for word, recipe in candidates.items()}
             errors = {word: found[1] for word, found in tried.items() if found}
             worst = {word: max((one.farther(candidates[word]) for one in networks), default=0.0) for word in errors}
