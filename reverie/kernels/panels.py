@@ -76,19 +76,20 @@ def panels(
         gated: Whether y is (2).
     """
     outer, inner = weight.shape
-    _, width = widths()
-    columns = in_columns(weight.detach().to(dtype), gated).view(torch.int32)  # words
-    numbers = torch.cat([part.T.flatten() for part in columns.split(width)]).view(dtype)
-    rows = torch.zeros(outer) if bias is None else bias.detach().float()
-    return Panels(numbers, in_columns(rows[:, None], gated)[:, 0], inner, outer // 2 if gated else outer, gated)
+    rows = in_columns(torch.zeros(outer) if bias is None else bias.detach().float(), gated)
+    numbers, plain = torch.empty(len(rows) * inner, dtype=dtype), weight.detach().float().contiguous()
+    kept = outer // 2 if gated else outer
+    shape = integers(kept, inner)
+    call(f"reverie_linear_weights{SUFFIX[dtype]}", shape, pointer(plain), pointer(numbers), int(gated))
+    return Panels(numbers, rows, inner, kept, gated)
 
 
-def in_columns(rows: Float[Tensor, "o i"], gated: bool) -> Float[Tensor, "c i"]:
-    """Return a row for each column of the panels, those beyond the outputs zero."""
+def in_columns(rows: Float[Tensor, " o"], gated: bool) -> Float[Tensor, " c"]:
+    """Return a number for each column of the panels, those beyond the outputs zero."""
     vector, width = widths()
-    parts = [F.pad(part, (0, 0, 0, -len(part) % vector)) for part in (rows.chunk(2) if gated else (rows,))]
+    parts = [F.pad(part, (0, -len(part) % vector)) for part in (rows.chunk(2) if gated else (rows,))]
     if not gated:
-        return parts[0].contiguous()
+        return parts[0]
     turns = zip(*(part.split(width // 2) for part in parts), strict=True)
     return torch.cat([half for pair in turns for half in pair])
 

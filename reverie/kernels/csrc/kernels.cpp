@@ -207,9 +207,10 @@ static int winograd(const int64_t* shape, const T* x, const float* u, const floa
 }
 
 template <int HIGH, int WIDE, class N>
-static int winograd_weights(const float* g, int64_t out, int64_t in, typename N::Number* u, int threads) {
+static int winograd_weights(const float* g, int64_t out, int64_t in, float* u, int threads) {
+    const Transform<HIGH, WIDE, N> transform{g, out, in, u};
 #pragma omp parallel for num_threads(threads) schedule(dynamic) if (threads > 1)
-    for (long first = 0; first < out; first += PANEL * W) transform_panel<HIGH, WIDE, N>(g, out, in, first, u);
+    for (long first = 0; first < out; first += W) transform.run(first);
     return 0;
 }
 
@@ -218,7 +219,7 @@ static int winograd_weights(const float* g, int64_t out, int64_t in, typename N:
                                                  T* y, int threads) {                                                 \
         return winograd<HIGH, WIDE, N>(shape, x, u, bias, y, threads);                                                \
     }                                                                                                                 \
-    API int reverie_winograd##HIGH##WIDE##_weights##SUFFIX(const float* g, int64_t out, int64_t in, T* u,             \
+    API int reverie_winograd##HIGH##WIDE##_weights##SUFFIX(const float* g, int64_t out, int64_t in, float* u,         \
                                                            int threads) {                                             \
         return winograd_weights<HIGH, WIDE, N>(g, out, in, u, threads);                                               \
     }
@@ -247,7 +248,20 @@ static int linear(const int64_t* shape, const T* x, const float* w, const float*
     return 0;
 }
 
+// shape: outputs of y, inputs.
+template <class N>
+static int linear_weights(const int64_t* shape, const float* weight, float* u, int gated, int threads) {
+    const long vectors = up(shape[0]) / W * (gated ? 2 : 1);
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (long v = 0; v < vectors; v++) panel_columns<N>(weight, shape[0], shape[1], gated != 0, v, u);
+    return 0;
+}
+
 #define LINEAR(N, T, SUFFIX)                                                                                          \
+    API int reverie_linear_weights##SUFFIX(const int64_t* shape, const float* weight, float* u, int gated,            \
+                                           int threads) {                                                             \
+        return linear_weights<N>(shape, weight, u, gated, threads);                                                   \
+    }                                                                                                                 \
     API int reverie_linear##SUFFIX(const int64_t* shape, const T* x, const float* w, const float* bias, T* y,         \
                                    int gated, int threads) {                                                          \
         return linear<N>(shape, x, w, bias, y, gated, threads);                                                       \

@@ -64,3 +64,20 @@ template <class N> struct Linear {
             });
     }
 };
+
+// W columns of the panels, of the rows of a weight (2 out, in) or (out, in); columns beyond `out` are zero.
+template <class N> static void panel_columns(const float* weight, long out, long in, bool gated, long v, float* u) {
+    const long vectors = up(out) / W * (gated ? 2 : 1), panel = v / PANEL * PANEL, rows = words<N>(in);
+    const long width = vectors - panel < PANEL ? vectors - panel : PANEL, n = v - panel;
+    const bool gate = gated && n >= width / 2;
+    const long first = gated ? (panel / 2 + n - (gate ? width / 2 : 0)) * W : v * W;
+    const float* from = weight + ((gate ? out : 0) + first) * in;
+    float* to = u + panel * W * rows + n * W;
+    for (long i = 0; i < rows; i += W) {
+        V columns[W];
+        for (long c = 0; c < W; c++)
+            columns[c] = first + c < out ? rounded_words<N>(from + c * in + i * N::STEP, in - i * N::STEP) : V{};
+        transpose(columns);
+        for (long j = 0; j < W && i + j < rows; j++) store(to + (i + j) * width * W, columns[j]);
+    }
+}

@@ -111,6 +111,7 @@ struct Single {
     static constexpr int STEP = 1;  // numbers in a word
     static inline V multiply_add(V sum, V a, V b) { return sum + a * b; }
     static inline V join(V first, V) { return first; }
+    static inline V pack(V first, V) { return first; }
     static inline void store_both(float* to, V first, V second) { store_words(to, first, second); }
     static inline V exp2(V x) { return power_of_two(x, EXP2); }
 };
@@ -131,6 +132,8 @@ struct Half {
         const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
         return (V)_mm512_permutexvar_epi16(_mm512_loadu_si512(order), both);
     }
+    // Two vectors that follow each other, as one of words.
+    static inline V pack(V first, V second) { return (V)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first); }
     // Two rows in words along them, in turns.
     static inline void store_both(float* to, V first, V second) {
         static const uint32_t order[16] = {0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15};
@@ -169,6 +172,11 @@ template <class N> static inline V load_words(const typename N::Number* x, long 
     else memcpy(&v, x, n * sizeof(typename N::Number));
 #endif
     return v;
+}
+
+// The words of the first n floats from x on, rounded; of a vector at most.
+template <class N> static inline V rounded_words(const float* x, long n) {
+    return N::pack(load_n(x, n), N::STEP > 1 && n > W ? load_n(x + W, n - W) : V{});
 }
 
 // Words that go along rows: a vector of them at most, each of the n numbers of a row, and its fellow of the next, where

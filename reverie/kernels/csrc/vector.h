@@ -130,6 +130,36 @@ static inline float sum(V v) {
 #endif
 }
 
+// A square of W rows as columns.
+#ifdef __clang__
+static inline void transpose(V* v) {
+    V t[W];
+    for (int i = 0; i < W; i++)
+        for (int j = 0; j < W; j++) t[i][j] = v[j][i];
+    memcpy(v, t, sizeof t);
+}
+#else
+// At each stage, halves of neighbouring blocks change places.
+template <int HALF> static inline void swap_halves(V* v) {
+    VI low, high;
+    for (int i = 0; i < W; i++) {
+        low[i] = (i & HALF) ? i - HALF + W : i;
+        high[i] = (i & HALF) ? i + W : i + HALF;
+    }
+    for (int i = 0; i < W; i++)
+        if (!(i & HALF)) {
+            V a = v[i], b = v[i + HALF];
+            v[i] = __builtin_shuffle(a, b, low);
+            v[i + HALF] = __builtin_shuffle(a, b, high);
+        }
+}
+static inline void transpose(V* v) {
+    if constexpr (W == 16) swap_halves<8>(v);
+    if constexpr (W >= 8) swap_halves<4>(v);
+    swap_halves<2>(v), swap_halves<1>(v);
+}
+#endif
+
 // Memory for each of some threads, aligned to cache lines.
 struct Scratch {
     size_t each;

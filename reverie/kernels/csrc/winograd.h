@@ -167,31 +167,56 @@ template <int HIGH, int WIDE, class N> struct Winograd {
     }
 };
 
-// G g G^T of weights (out, in, 3, 3), as `Winograd` reads them.
-template <int HIGH, int WIDE, class N>
-static void transform_panel(const float* g, long out, long in, long first, typename N::Number* u) {
-    constexpr int ROWS = Side<HIGH>::SIZE, COLS = Side<WIDE>::SIZE, COLUMNS = PANEL * W;
-    const long rows = words<N>(in), left = (out - first + W - 1) / W * W, width = left < COLUMNS ? left : COLUMNS;
-    u += first * ROWS * COLS * rows * N::STEP;
-    const auto& down = Side<HIGH>::G;
-    for (long i = 0; i < rows * N::STEP; i++) {
-        double d[3][3][COLUMNS] = {}, half[ROWS][3][COLUMNS];
-        for (long o = 0; o < width && first + o < out && i < in; o++)
-            for (int k = 0; k < 9; k++) d[k / 3][k % 3][o] = g[((first + o) * in + i) * 9 + k];
-        for (int a = 0; a < ROWS; a++)
-            for (int k = 0; k < 3; k++)
-                for (int o = 0; o < COLUMNS; o++)
-                    half[a][k][o] = down[a][0] * d[0][k][o] + down[a][1] * d[1][k][o] + down[a][2] * d[2][k][o];
-        for (int p = 0; p < ROWS * COLS; p++) {
-            const auto& row = half[p / COLS];
-            const auto& factor = Side<WIDE>::G[p % COLS];
-            float full[COLUMNS];
-            typename N::Number rounded[COLUMNS];
-            for (int o = 0; o < COLUMNS; o++)
-                full[o] = float(factor[0] * row[0][o] + factor[1] * row[1][o] + factor[2] * row[2][o]);
-            for (int o = 0; o < COLUMNS; o += W) store(rounded + o, load(full + o));
-            typename N::Number* to = u + (p * rows + i / N::STEP) * width * N::STEP + i % N::STEP;
-            for (long o = 0; o < width; o++) to[o * N::STEP] = rounded[o];
+// G g G^T of the weights (out, in, 3, 3) of W outputs, as `Winograd` reads them.
+template <int HIGH, int WIDE, class N> struct Transform {
+    typedef double VD __attribute__((vector_size(8 * W)));
+    static constexpr int ROWS = Side<HIGH>::SIZE, COLS = Side<WIDE>::SIZE, POSITIONS = ROWS * COLS, BLOCK = W * 9;
+    const float* g;
+    long out, in;
+    float* u;
+
+    // The weights of W inputs and outputs, outputs along the vectors.
+    void read(long first, long i, float* d) const {
+        const long left = (in - i) * 9;
+        for (long k = 0; k < BLOCK; k += W) {
+            V v[W];
+            for (long o = 0; o < W; o++)
+                v[o] = first + o < out && k < left ? load_n(g + ((first + o) * in + i) * 9 + k, left - k) : V{};
+            transpose(v);
+            for (long o = 0; o < W; o++) store(d + (k + o) * W, v[o]);
         }
     }
-}
+
+    // One input's, at all positions.
+    static void positions(const float* d, float* to) {
+        VD half[ROWS][3];
+        for (int k = 0; k < 3; k++) {
+            const auto at = [&](int row) { return __builtin_convertvector(load(d + (3 * row + k) * W), VD); };
+            const VD a = at(0), b = at(1), c = at(2);
+#pragma GCC unroll 6
+            for (int i = 0; i < ROWS; i++) half[i][k] = times(Side<HIGH>::G[i], a, b, c);
+        }
+        for (int i = 0; i < ROWS; i++)
+#pragma GCC unroll 6
+            for (int j = 0; j < COLS; j++)
+                store(to + (i * COLS + j) * W,
+                      __builtin_convertvector(times(Side<WIDE>::G[j], half[i][0], half[i][1], half[i][2]), V));
+    }
+    static inline VD times(const double (&row)[3], VD a, VD b, VD c) { return row[0] * a + row[1] * b + row[2] * c; }
+
+    void run(long first) const {
+        const long rows = words<N>(in), panel = first / (PANEL * W) * PANEL * W, left = up(out) - panel;
+        const long width = left < PANEL * W ? left : PANEL * W;
+        float* to = u + panel * POSITIONS * rows + first - panel;
+        float d[BLOCK * W], full[N::STEP][POSITIONS * W];
+        for (long i = 0; i < in; i += W) {
+            read(first, i, d);
+            for (long j = 0; j < W && i + j < in; j += N::STEP) {
+                for (int s = 0; s < N::STEP; s++) positions(d + (j + s) * 9 * W, full[s]);
+                for (int p = 0; p < POSITIONS; p++)
+                    store(to + (p * rows + (i + j) / N::STEP) * width,
+                          N::join(load(full[0] + p * W), load(full[N::STEP - 1] + p * W)));
+            }
+        }
+    }
+};
