@@ -169,7 +169,8 @@ template <int HIGH, int WIDE, class N> struct Winograd {
 
 // G g G^T of the weights (out, in, 3, 3) of W outputs, as `Winograd` reads them.
 template <int HIGH, int WIDE, class N> struct Transform {
-    typedef double VD __attribute__((vector_size(8 * W)));
+    typedef double D __attribute__((vector_size(4 * W)));
+    typedef float F __attribute__((vector_size(2 * W)));
     static constexpr int ROWS = Side<HIGH>::SIZE, COLS = Side<WIDE>::SIZE, POSITIONS = ROWS * COLS, BLOCK = W * 9;
     const float* g;
     long out, in;
@@ -187,22 +188,29 @@ template <int HIGH, int WIDE, class N> struct Transform {
         }
     }
 
-    // One input's, at all positions.
+    // One input's, at all positions: half a vector at a time, as float64 takes twice the room.
     static void positions(const float* d, float* to) {
-        VD half[ROWS][3];
-        for (int k = 0; k < 3; k++) {
-            const auto at = [&](int row) { return __builtin_convertvector(load(d + (3 * row + k) * W), VD); };
-            const VD a = at(0), b = at(1), c = at(2);
+        for (long o = 0; o < W; o += W / 2) {
+            D half[ROWS][3];
+            for (int k = 0; k < 3; k++) {
+                const D a = wide(d + k * W + o), b = wide(d + (3 + k) * W + o), c = wide(d + (6 + k) * W + o);
 #pragma GCC unroll 6
-            for (int i = 0; i < ROWS; i++) half[i][k] = times(Side<HIGH>::G[i], a, b, c);
+                for (int i = 0; i < ROWS; i++) half[i][k] = times(Side<HIGH>::G[i], a, b, c);
+            }
+            for (int i = 0; i < ROWS; i++)
+#pragma GCC unroll 6
+                for (int j = 0; j < COLS; j++) {
+                    const F y = __builtin_convertvector(times(Side<WIDE>::G[j], half[i][0], half[i][1], half[i][2]), F);
+                    memcpy(to + (i * COLS + j) * W + o, &y, sizeof y);
+                }
         }
-        for (int i = 0; i < ROWS; i++)
-#pragma GCC unroll 6
-            for (int j = 0; j < COLS; j++)
-                store(to + (i * COLS + j) * W,
-                      __builtin_convertvector(times(Side<WIDE>::G[j], half[i][0], half[i][1], half[i][2]), V));
     }
-    static inline VD times(const double (&row)[3], VD a, VD b, VD c) { return row[0] * a + row[1] * b + row[2] * c; }
+    static inline D wide(const float* x) {
+        F v;
+        memcpy(&v, x, sizeof v);
+        return __builtin_convertvector(v, D);
+    }
+    static inline D times(const double (&row)[3], D a, D b, D c) { return row[0] * a + row[1] * b + row[2] * c; }
 
     void run(long first) const {
         const long rows = words<N>(in), panel = first / (PANEL * W) * PANEL * W, left = up(out) - panel;
