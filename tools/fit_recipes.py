@@ -13,13 +13,17 @@ and beside published ones, and the best of them is kept. What is not named stays
 keeps none that is much farther than UniPC on trained networks of that schedule, which are rougher than mixtures, and
 beside fitted solvers tries some that were hardly moved from where they began: the less they were, the less of what
 holds for mixtures alone they have learned. Where none is left, a row goes, and `auto` is UniPC.
+
+    python tools/fit_recipes.py --schedules linear --teachers runs/digits --networks runs/digits,runs/mnist
+
+also fits them to a trained network, which counts as much as all the mixtures together.
 """
 
 import argparse
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from itertools import chain, pairwise, product
@@ -44,6 +48,7 @@ from reverie.diffusion.schedules import Schedule
 from reverie.diffusion.starts import Circles, stages
 from reverie.diffusion.trajectories import Trajectories, trajectories
 from reverie.diffusion.tuning import PAST, judged, published, tune
+from reverie.models.tuning import teach
 
 STEPS = (5, 10, 20, 15, 8, 6, 4, 3, 2, 1, 7, 9, 12, 11, 13, 14, 16, 18, 50, 30)
 DIMENSIONS = {"points": (2, 4), "few": (16,), "small": (64,), "large": (768, 3072)}
@@ -57,6 +62,7 @@ NOISE = 0.3  # how much errors of the single estimates count (polish.py, 1): the
 # How much those errors count, and rounds, of solvers that are hardly moved.
 CAREFUL = tuple(product((0.1, 0.3), (2, 4)))
 SAMPLES, FARTHER = 24, 1.2  # samples of a network; how many times as far as UniPC a solver may be on it
+TAUGHT = 32  # samples of a network that is fitted to
 MANY = 20  # steps, above which published solvers are polished and no grids are walked
 
 
@@ -68,15 +74,28 @@ class Lessons(NamedTuple):
     judging: list[Trajectories]
 
     @staticmethod
-    def of(schedule: Schedule, dimensions: Sequence[int]) -> "Lessons":
-        """Return those of a schedule."""
+    def of(schedule: Schedule, dimensions: Sequence[int], teachers: Sequence[rv.Model]) -> "Lessons":
+        """Return those of a schedule, and of trained networks."""
         walked, fitting, judging = [], [], []
         for d in dimensions:
             walked.append(replace(trajectories(*drawn(schedule, d, FIRST_SEED, FIRST, "walking")[:2]), numbers=d))
             starts = drawn(schedule, d, FIRST_SEED, MORE * STAGES, "recipes")
             fitting.append(stages(*starts, MIXTURES, d, [MORE] * STAGES, EXACT))
             judging += stages(*drawn(schedule, d, TEST_SEED, TEST, "recipes"), MIXTURES, d, [TEST], EXACT)[0]
-        return Lessons(walked, [list(chain(*stage)) for stage in zip(*fitting, strict=True)], judging)
+        taught = [taught_by(model, sum(one.part for stage in fitting for one in stage[0])) for model in teachers]
+        fitting += [stage for _, stage in taught]
+        return Lessons(
+            [*walked, *(even for even, _ in taught)],
+            [list(chain(*stage)) for stage in zip(*fitting, strict=True)],
+            judging,
+        )
+
+
+def taught_by(model: rv.Model, part: float) -> tuple[Trajectories, list[list[Trajectories]]]:
+    """Return a network's trajectories to walk along, and those to polish on in each stage, which count for `part`."""
+    found = [teach(model, TAUGHT, stage, None, None).both for stage in range(STAGES)]
+    whole = sum(one.part for one in found[0])
+    return found[0][0], [[replace(one, part=one.part * part / whole) for one in stage] for stage in found]
 
 
 def drawn(
@@ -135,6 +154,21 @@ class Network:
         return self.distance(Learned(recipe)) / self.unipc(recipe.steps)
 
 
+def chosen(errors: Mapping[str, float], farther: Mapping[str, Sequence[float]]) -> str:
+    """Return the best of some solvers, UniPC where none is left: those too far on a network are not.
+
+    Arguments:
+        errors: Of each its error on mixtures, the logarithm of a square.
+        farther: Of each how many times as far as UniPC it is on each network. A distance counts as much on all the
+            networks together as on the mixtures.
+    """
+    allowed = {}
+    for word, error in errors.items():
+        if max(farther[word], default=0.0) <= FARTHER:
+            allowed[word] = error + 2 * sum(map(math.log, farther[word])) / max(len(farther[word]), 1)
+    return min(allowed, key=allowed.__getitem__, default=UNIPC)
+
+
 def adams(schedule: Schedule, grid: Float[Tensor, " n"], order: int) -> Recipe:
     """Return the exponential Adams-Bashforth rule of an order (exponential.py, 1 and 3) as a recipe."""
     lam = [level.lam for level in levels(schedule, grid.tolist())]
@@ -161,13 +195,15 @@ def main() -> None:
     parser.add_argument("--sizes", default=",".join(DIMENSIONS), help="with commas")
     parser.add_argument("--steps", default=",".join(map(str, STEPS)), help="with commas")
     parser.add_argument("--networks", default="", help="trained models of the schedule, with commas")
+    parser.add_argument("--teachers", default="", help="trained models of the schedule, with commas")
     parser.add_argument("--out", type=Path, default=FILE, help="the file of recipes")
     options = parser.parse_args()
     torch.set_grad_enabled(False)
     networks = [Network(path) for path in options.networks.split(",") if path]
+    teachers = [rv.load(path) for path in options.teachers.split(",") if path]
     for name, size in product(options.schedules.split(","), options.sizes.split(",")):
         began, schedule = time.perf_counter(), schedules[name]()
-        lessons = Lessons.of(schedule, DIMENSIONS[size])
+        lessons = Lessons.of(schedule, DIMENSIONS[size], teachers)
         for steps in map(int, options.steps.split(",")):
             table = json.loads(options.out.read_text()) if options.out.exists() else {}
             rows = table.setdefault(name, {}).setdefault(size, {})
@@ -177,19 +213,18 @@ def main() -> None:
             if str(steps) in rows:
                 candidates["kept"] = of_row(rows[str(steps)])
             candidates["fitted"] = fit(lessons, steps, list(candidates.values()))
-            if networks:
+            if networks and not teachers:
                 candidates |= careful(lessons, steps)
             tried = {word: attempt(lessons.judging, recipe, NOISE) for word, recipe in candidates.items()}
             errors = {word: found[1] for word, found in tried.items() if found}
-            worst = {word: max((one.farther(candidates[word]) for one in networks), default=0.0) for word in errors}
-            allowed = {word: error for word, error in errors.items() if worst[word] <= FARTHER}
-            best = min(allowed, key=allowed.__getitem__, default=UNIPC)
+            farther = {word: [one.farther(candidates[word]) for one in networks] for word in errors}
+            best = chosen(errors, farther)
             if best == UNIPC:
                 rows.pop(str(steps), None)
             else:
                 rows[str(steps)] = rounded(candidates[best])
             options.out.write_text(json.dumps(table, separators=(",", ":")) + "\n")
-            others = {word: (round(value, 2), round(worst[word], 2)) for word, value in errors.items()}
+            others = {word: [round(value, 2) for value in (errors[word], *farther[word])] for word in errors}
             print(f"{name} {size} {steps}: {best} of {others}, {time.perf_counter() - began:.0f} s", flush=True)
 
 
