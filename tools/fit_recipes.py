@@ -26,7 +26,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache
-from itertools import chain, pairwise, product
+from itertools import chain, pairwise, product, zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,7 +38,7 @@ import reverie as rv
 from reverie.diffusion.grids import uniform_log_snr
 from reverie.diffusion.levels import levels
 from reverie.diffusion.oracle_stack import MixtureStack, random_circles, random_stack
-from reverie.diffusion.polish import attempt, polish
+from reverie.diffusion.polish import attempt, polish, squares
 from reverie.diffusion.recipes import FILE, of_row
 from reverie.diffusion.registry import schedules
 from reverie.diffusion.samplers.base import Sampler
@@ -61,6 +61,7 @@ WALKS, ROUNDS, STAGES = 10, 12, 2
 NOISE = 0.3  # how much errors of the single estimates count (polish.py, 1): the networks that these serve have theirs
 # How much those errors count, and rounds, of solvers that are hardly moved.
 CAREFUL = tuple(product((0.1, 0.3), (2, 4)))
+SHARES = (0.25, 0.5, 0.75)  # of the way from a solver that the file has to the one that was fitted
 SAMPLES, FARTHER = 24, 1.2  # samples of a network; how many times as far as UniPC a solver may be on it
 TAUGHT = 32  # samples of a network that is fitted to
 MANY = 20  # steps, above which published solvers are polished and no grids are walked
@@ -154,19 +155,62 @@ class Network:
         return self.distance(Learned(recipe)) / self.unipc(recipe.steps)
 
 
-def chosen(errors: Mapping[str, float], farther: Mapping[str, Sequence[float]]) -> str:
-    """Return the best of some solvers, UniPC where none is left: those too far on a network are not.
+def between(first: Recipe, second: Recipe, share: float) -> Recipe:
+    """Return a solver on the way from one to another."""
+    mixed = [
+        tuple((1 - share) * a + share * b for a, b in zip_longest(*rows, fillvalue=0.0))
+        for rows in zip(first.weights, second.weights, strict=True)
+    ]
+    lam = ((1 - share) * a + share * b for a, b in zip(first.lam, second.lam, strict=True))
+    return Recipe(tuple(lam), tuple(mixed))
+
+
+class Judged(NamedTuple):
+    """How far a solver is.
 
     Arguments:
-        errors: Of each its error on mixtures, the logarithm of a square.
-        farther: Of each how many times as far as UniPC it is on each network. A distance counts as much on all the
-            networks together as on the mixtures.
+        error: The measure of polish.py (1) on mixtures, the logarithm of a square.
+        typical, mean: The logarithms of the typical and of the root mean square error on those drawn evenly.
+        farther: How many times as far as UniPC it is on each network.
     """
-    allowed = {}
-    for word, error in errors.items():
-        if max(farther[word], default=0.0) <= FARTHER:
-            allowed[word] = error + 2 * sum(map(math.log, farther[word])) / max(len(farther[word]), 1)
-    return min(allowed, key=allowed.__getitem__, default=UNIPC)
+
+    error: float
+    typical: float
+    mean: float
+    farther: Sequence[float]
+
+    @property
+    def total(self) -> float:
+        """Its error, in which a distance on all the networks together counts as much as one on the mixtures."""
+        return self.error + 2 * sum(map(math.log, self.farther)) / max(len(self.farther), 1)
+
+    @staticmethod
+    def of(lessons: Lessons, recipe: Recipe, networks: Sequence[Network]) -> "Judged | None":
+        """Judge a solver; None of one that leaves what numbers can hold."""
+        if (tried := attempt(lessons.judging, recipe, NOISE)) is None:
+            return None
+        pairs = zip(lessons.judging[::2], tried[0][::2], strict=True)  # without those at borders
+        squared = [squares(one, path.x[-1]) + 1e-14 for one, path in pairs]
+        typical, mean = (sum(values) / len(squared) / 2 for values in (
+            [float(e.log().mean()) for e in squared], [float(e.mean().log()) for e in squared]
+        ))  # fmt: skip
+        return Judged(tried[1], typical, mean, [network.farther(recipe) for network in networks])
+
+
+def chosen(found: Mapping[str, Judged]) -> str:
+    """Return the best of some solvers, UniPC where none is left.
+
+    Those too far on a network are not among them; nor, where there are others, those that on mixtures are farther than
+    a published one, be it by the typical error or by the mean.
+    """
+    allowed = {word: one for word, one in found.items() if max(one.farther, default=0.0) <= FARTHER}
+    known = [one for word, one in found.items() if word.startswith("published")]
+    ahead = {
+        word: one
+        for word, one in allowed.items()
+        if all(one.typical <= other.typical and one.mean <= other.mean for other in known)
+    }
+    return min(ahead or allowed, key=lambda word: allowed[word].total, default=UNIPC)
 
 
 def adams(schedule: Schedule, grid: Float[Tensor, " n"], order: int) -> Recipe:
@@ -215,16 +259,18 @@ def main() -> None:
             candidates["fitted"] = fit(lessons, steps, list(candidates.values()))
             if networks and not teachers:
                 candidates |= careful(lessons, steps)
-            tried = {word: attempt(lessons.judging, recipe, NOISE) for word, recipe in candidates.items()}
-            errors = {word: found[1] for word, found in tried.items() if found}
-            farther = {word: [one.farther(candidates[word]) for one in networks] for word in errors}
-            best = chosen(errors, farther)
+            if "kept" in candidates:
+                kept, fitted = candidates["kept"], candidates["fitted"]
+                candidates |= {f"between {share}": between(kept, fitted, share) for share in SHARES}
+            tried = {word: Judged.of(lessons, recipe, networks) for word, recipe in candidates.items()}
+            found = {word: one for word, one in tried.items() if one is not None}
+            best = chosen(found)
             if best == UNIPC:
                 rows.pop(str(steps), None)
             else:
                 rows[str(steps)] = rounded(candidates[best])
             options.out.write_text(json.dumps(table, separators=(",", ":")) + "\n")
-            others = {word: [round(value, 2) for value in (errors[word], *farther[word])] for word in errors}
+            others = {word: [round(x, 2) for x in (*one[:3], *one.farther)] for word, one in found.items()}
             print(f"{name} {size} {steps}: {best} of {others}, {time.perf_counter() - began:.0f} s", flush=True)
 
 

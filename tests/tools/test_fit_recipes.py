@@ -49,11 +49,25 @@ def folder(tmp_path_factory):
 
 
 def test_the_best_is_of_those_that_networks_bear(tool):
-    errors = {tool.UNIPC: 0.0, "rough": -9.0, "fine": -3.0, "finer": -2.9}
-    farther = {tool.UNIPC: [1.0, 1.0], "rough": [0.2, 1.3], "fine": [1.0, 1.1], "finer": [0.9, 1.0]}
-    assert tool.chosen(errors, farther) == "finer"
-    assert tool.chosen(errors, dict.fromkeys(errors, ())) == "rough"
-    assert tool.chosen({"rough": -9.0}, farther) == tool.UNIPC
+    found = {
+        tool.UNIPC: tool.Judged(0.0, -1.0, -1.0, [1.0, 1.0]),
+        "rough": tool.Judged(-9.0, -5.0, -5.0, [0.2, 1.3]),
+        "fine": tool.Judged(-3.0, -2.0, -2.0, [1.0, 1.1]),
+        "finer": tool.Judged(-2.9, -2.0, -2.0, [0.9, 1.0]),
+        "uneven": tool.Judged(-5.0, -8.0, -0.9, [0.5, 0.5]),
+    }
+    assert tool.chosen(found) == "finer"
+    assert tool.chosen({word: one._replace(farther=[]) for word, one in found.items()}) == "rough"
+    assert tool.chosen({word: found[word] for word in (tool.UNIPC, "uneven")}) == tool.UNIPC
+    assert tool.chosen({"rough": found["rough"]}) == tool.UNIPC
+
+
+def test_a_solver_between_two_others(tool):
+    first, second = Recipe((-3.0, 0.0), ((1.0,), (1.0,))), Recipe((-3.0, 1.0), ((0.8,), (1.4, -0.4)))
+    found = tool.between(first, second, 0.25)
+    assert found.lam == (-3.0, 0.25)
+    assert found.weights[0] == pytest.approx((0.95,))
+    assert found.weights[1] == pytest.approx((1.1, -0.1))
 
 
 def test_a_network_says_how_much_farther_a_solver_is(tool, folder):
