@@ -259,9 +259,8 @@ def main() -> None:
             candidates["fitted"] = fit(lessons, steps, list(candidates.values()))
             if networks and not teachers:
                 candidates |= careful(lessons, steps)
-            if "kept" in candidates:
-                kept, fitted = candidates["kept"], candidates["fitted"]
-                candidates |= {f"between {share}": between(kept, fitted, share) for share in SHARES}
+            before = candidates.get("kept", candidates[UNIPC])
+            candidates |= {f"between {share}": between(before, candidates["fitted"], share) for share in SHARES}
             tried = {word: Judged.of(lessons, recipe, networks) for word, recipe in candidates.items()}
             found = {word: one for word, one in tried.items() if one is not None}
             best = chosen(found)

@@ -15,7 +15,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
         >>> nearest("learing_rate", ["learning_rate", "steps"])
         ', did you mean learning_rate?'
     """
-    close = get_close_matches(name, list(known), n=1)
+    begun = sorted((one for one in known if len(name) > 2 and one.startswith(name)), key=len)
+    close = begun or get_close_matches(name, list(known), n=1)
     return f", did you mean {close[0]}?" if close else ""
 
 

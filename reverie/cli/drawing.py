@@ -3,8 +3,9 @@
 import secrets
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from reverie.models.footprint import weights_bytes, working_bytes
 from reverie.models.load import load
 from reverie.models.model import Model, Samples
 from reverie.models.pictures import again, animation, grid_picture, picture_bytes, write_new, write_pictures
+from reverie.models.plan import make_plan
 from reverie.models.provenance import interpolated
 from reverie.models.sampling import Progress, SamplingPlan, memory_needed
 from reverie.training.metrics import Console
@@ -56,6 +58,12 @@ RECORDED = (
     "cache_every",
     "batch_size",
 )
+
+# What a model is asked beside options of samplers and grids.
+OTHERS = frozenset({"self", "image", "callback", "request", *(
+    name for call in (make_plan, Model.sample, Model.edit) for name in signature(call).parameters
+)}) - {"options"}  # fmt: skip
+NAMED_ELSE = {"classes": "class_"}
 
 Tick = Callable[[Progress, int], None]
 
@@ -231,12 +239,10 @@ def asked(ask: "SampleSettings | EvaluateSettings", bad: Model | None) -> dict[s
         "prompt", "negative_prompt", "sampler", "steps", "guidance", "guidance_interval", "guidance_rescale",
         "perturbed", "auto_guidance", "clip", "threshold", "batch_size", "cache_every",
     )  # fmt: skip
-    options = named_options(ask.set_)
+    options = named_options(ask.set_, type(ask).model_fields)
     options |= {name: value for name in ("eta", "variance") if (value := getattr(ask, name)) is not None}
     grid = list(ask.times) if ask.times else ask.grid
     request = {name: getattr(ask, name) for name in same} | {"grid": grid, "bad": bad, "size": sides(ask.size)}
-    if twice := sorted(request.keys() & options.keys()):
-        raise UsageError(f"--set {twice[0]}={options[twice[0]]}: that is {flag(twice[0])}")
     return request | options
 
 
@@ -253,8 +259,15 @@ def sides(text: str | None) -> tuple[int, int] | None:
     return int(height or width), int(width)
 
 
-def named_options(texts: Sequence[str]) -> dict[str, Any]:
+def named_options(texts: Sequence[str], flags: Collection[str] = ()) -> dict[str, Any]:
     """Return NAME=VALUE as names and values: numbers, true and false, words.
+
+    Arguments:
+        texts: Those.
+        flags: The command's own settings.
+
+    Raises:
+        UsageError: One is not NAME=VALUE, or a name is not one of a sampler or a grid, whatever they are.
 
     Example:
         >>> named_options(["order=2", "rule=exact", "corrector=false"])
@@ -265,6 +278,10 @@ def named_options(texts: Sequence[str]) -> dict[str, Any]:
         name, equals, value = text.partition("=")
         if not equals or not name.isidentifier() or not value:
             raise UsageError(f"--set is {text!r}; it must be NAME=VALUE, as in order=2")
+        if name in OTHERS:
+            own = next((one for one in (name, f"{name}_", NAMED_ELSE.get(name)) if one in flags), None)
+            told = f"that is {flag(own)}" if own else "no sampler and no grid has an option of that name"
+            raise UsageError(f"--set {text}: {told}")
         found[name] = {"true": True, "false": False}.get(value, plain(value, int | float))
     return found
 
@@ -313,7 +330,7 @@ def edit(settings: "EditSettings", path: str, image: str) -> dict[str, Any]:
         name: getattr(settings, name)
         for name in ("prompt", "negative_prompt", "sampler", "steps", "grid", "guidance", "cache_every")
     }
-    how |= {"classes": settings.class_} | named_options(settings.set_)
+    how |= {"classes": settings.class_} | named_options(settings.set_, type(settings).model_fields)
     with progress_bar(settings.n) as tick:
         how["callback"] = lambda progress: tick(progress, progress.total)
         if settings.task == "interpolate":
@@ -326,6 +343,7 @@ def edit(settings: "EditSettings", path: str, image: str) -> dict[str, Any]:
         note(f"warning: {warning}")
     files = write_pictures(samples, settings.out)
     record = samples.record
+    note(edited(record))
     return {
         "model": model.source,
         "files": [str(file) for file in files],
@@ -335,6 +353,19 @@ def edit(settings: "EditSettings", path: str, image: str) -> dict[str, Any]:
         "between": record["between"],
         "settings": {name: record[name] for name in (*RECORDED, "strength")},
     }
+
+
+def edited(record: Mapping[str, Any]) -> str:
+    """Return what was run for an edit, in words.
+
+    Example:
+        >>> edited({"sampler": "ddim", "grid": "trailing", "steps": 20, "strength": 0.8})
+        '20 steps of ddim from t = 0.8, grid trailing'
+    """
+    if record["strength"] is not None and record["strength"] < 1e-6:
+        return "strength 0 leaves the picture as it is: no step was run"
+    grid = record["grid"] if isinstance(record["grid"], str) else "of its own"
+    return f"{record['steps']} steps of {record['sampler']} from t = {record['strength'] or 1:g}, grid {grid}"
 
 
 def between(settings: "EditSettings", model: Model, image: str, how: dict[str, Any]) -> Samples:

@@ -24,6 +24,8 @@ NUMBERS = int | float
 INTEGER = re.compile(r"[+-]?\d{1,300}", re.ASCII)
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|[+-]?(nan|inf|infinity)", re.ASCII | re.IGNORECASE)
 TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+# What an unset variable of a shell's makes empty: the folder that one is in would be meant, or nothing.
+NEVER_EMPTY = ("out", "class_", "data", "device", "codec", "teacher", "mask", "vocabulary")
 KIND = {int: "a whole number", float: "a number", NUMBERS: "a number", bool: "true or false", str: "text"}
 METAVAR = {int: "N", float: "X", NUMBERS: "X", bool: "BOOL", str: "TEXT"}
 
@@ -262,6 +264,8 @@ def given(model: type[BaseModel], flags: Mapping[str, Any]) -> dict[str, Any]:
         value = flags.get(name)
         if isinstance(value, tuple):  # an option that may be repeated: none of it means absent
             value = ",".join(value) if value else None
+        if value == "" and name in NEVER_EMPTY:
+            raise UsageError(f"{flag(name)} is empty; give it a value, or leave it out")
         if value is not None:
             values[name] = plain(value, field.annotation)
     return values
@@ -288,7 +292,10 @@ def settle(
     try:
         return model.model_validate_json(json.dumps(values, default=str), strict=True)
     except ValidationError as error:
-        lines = [complaint(fault, model, places) for fault in error.errors(include_url=False)]
+        faults = error.errors(include_url=False)
+        within = {fault["loc"][0] for fault in faults if len(fault["loc"]) > 1}  # a list, of which the parts are told
+        told = [fault for fault in faults if len(fault["loc"]) != 1 or fault["loc"][0] not in within]
+        lines = [complaint(fault, model, places) for fault in told]
         raise UsageError("\n".join(dict.fromkeys(lines))) from None
 
 

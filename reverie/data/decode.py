@@ -108,7 +108,7 @@ def to_pixels(image: Image.Image, form: Form) -> UInt8[np.ndarray, "c h w"]:
         [[[255, 255], [255, 255]]]
     """
     try:
-        converted = _to_mode(_to_eight_bits(image), {1: "L", 3: "RGB", 4: "RGBA"}[form.channels])
+        converted = _to_mode(to_eight_bits(image), {1: "L", 3: "RGB", 4: "RGBA"}[form.channels])
     except ValueError as error:
         raise BadImage(f"mode {image.mode}: {error}") from None
     pixels = np.asarray(_fit(converted, form.height, form.width))
@@ -255,8 +255,12 @@ def _shrink_on_load(image: Image.Image, form: Form) -> None:
         image.draft(None, (int(image.width * scale) + 1, int(image.height * scale) + 1))
 
 
-def _to_eight_bits(image: Image.Image) -> Image.Image:
-    """Bring pixels of 16 and 32 bits to 8 (step 3)."""
+def to_eight_bits(image: Image.Image) -> Image.Image:
+    """Bring pixels of 16 and 32 bits to 8 (step 3).
+
+    Raises:
+        BadImage: They are no numbers, or out of range.
+    """
     if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
         return image
     values = np.asarray(image)

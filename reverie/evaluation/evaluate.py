@@ -50,7 +50,7 @@ def evaluate(
     subject: Model | Dataset,
     against: Dataset,
     *,
-    metrics: Sequence[str] = USUAL,
+    metrics: str | Sequence[str] = USUAL,
     n: int | None = None,
     real: int | None = None,
     features: str | None = None,
@@ -73,7 +73,7 @@ def evaluate(
     Arguments:
         subject: The model, which is sampled; or a data set of pictures that were generated.
         against: The real images, of the same shape.
-        metrics: Which of frechet, kid, prdc, nearest, gap, likelihood.
+        metrics: One or several of frechet, kid, prdc, nearest, gap, likelihood.
         n: How many samples; 1000, of a data set all of it.
         real: How many real images they are compared to; half of the source, 10,000 at most.
         features: The feature space: pixels or classifier; classifier where there are classes.
@@ -103,8 +103,9 @@ def evaluate(
         if beside := [*request, *(["classes"] if classes is not None else [])]:
             raise UsageError(f"{', '.join(beside)}: of no effect on pictures that are there ({subject.name})")
         source = Pictures(subject, n)
+    wanted = (metrics,) if isinstance(metrics, str) else tuple(metrics)
     job = Job(
-        source, against, tuple(metrics), real, features, features_from, held_out, seed, classes, neighbours, images,
+        source, against, wanted, real, features, features_from, held_out, seed, classes, neighbours, images,
         probes, draws, tolerance, None if picture is None else Path(picture), say, report,
     )  # fmt: skip
     return job.run()

@@ -27,6 +27,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from reverie.base.errors import DataError, UsageError
+from reverie.data.decode import BadImage, to_eight_bits
 from reverie.models.codec import Codec
 from reverie.models.tasks import Known, known_of
 
@@ -47,6 +48,7 @@ class Original:
         task: What is done with it by a model of few steps (tasks.py); None for an edit by any model.
         factor: How many times as high and wide the result is, of super-resolution.
         outpaint: What was added to the left, the top, the right and the bottom; None for nothing.
+        faded: Whether it was in colour, and the model's pictures are grey.
     """
 
     pixels: UInt8[Tensor, "c h w"]
@@ -56,6 +58,7 @@ class Original:
     task: str | None = None
     factor: int = 1
     outpaint: tuple[int, int, int, int] | None = None
+    faded: bool = False
 
     @property
     def size(self) -> tuple[int, int]:
@@ -69,6 +72,22 @@ class Original:
         added = None if self.outpaint is None else list(self.outpaint)
         what = {"task": self.task, "factor": self.factor, "outpaint": added}
         return {**image, "mask": self.mask_source, "mask_sha256": seen, **what}
+
+    def check_mask(self) -> None:
+        """Refuse a mask that draws nothing, and one whose other parts could not come back as they were.
+
+        Raises:
+            UsageError: It is so.
+        """
+        if self.mask is None:
+            return
+        if not self.mask.any():
+            raise UsageError("the mask is black everywhere, so that nothing would be drawn; make white what is to be")
+        if self.faded:
+            raise UsageError(
+                "the picture is in colour and this model's are grey: what the mask leaves could not come back as it "
+                "was; make it grey first"
+            )
 
     def pasted(self, images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
         """Return images in [-1, 1] with the picture put back where the mask is zero, and mixed where it is between."""
@@ -113,14 +132,14 @@ def read_original(image: Picture, mask: Picture | None, channels: int) -> Origin
         DataError: A file is no picture, or is too large.
     """
     source, mask_source = (str(p) if isinstance(p, str | Path) else None for p in (image, mask))
-    pixels, alpha = as_pixels(image, channels)
+    pixels, alpha, faded = as_pixels(image, channels)
     if mask is None:
-        return Original(pixels, None if alpha is None else 1 - alpha, source)
-    shown, _ = as_pixels(mask, 1)
+        return Original(pixels, None if alpha is None else 1 - alpha, source, faded=faded)
+    shown, *_ = as_pixels(mask, 1)
     if shown.shape[1:] != pixels.shape[1:]:
         sizes = " and ".join(f"{s.shape[2]}x{s.shape[1]}" for s in (pixels, shown))
         raise UsageError(f"the picture and its mask are {sizes}; the mask must be of the picture's size")
-    return Original(pixels, shown[0].float() / 255, source, mask_source)
+    return Original(pixels, shown[0].float() / 255, source, mask_source, faded=faded)
 
 
 def outpainted(original: Original, sides: int | Sequence[int]) -> Original:
@@ -154,22 +173,32 @@ def outpainted(original: Original, sides: int | Sequence[int]) -> Original:
     return replace(original, pixels=pixels, mask=F.pad(mask, edges, value=1.0), outpaint=(left, top, right, bottom))
 
 
-def as_pixels(image: Picture, channels: int) -> tuple[UInt8[Tensor, "c h w"], Float[Tensor, "h w"] | None]:
-    """Return a picture's pixels, and its opacity 0..1 where any of it is transparent."""
+def as_pixels(image: Picture, channels: int) -> tuple[UInt8[Tensor, "c h w"], Float[Tensor, "h w"] | None, bool]:
+    """Return a picture's pixels, its opacity 0..1 where any of it is transparent, and whether colour became grey."""
     if isinstance(image, Tensor):
         if image.ndim != 3 or image.shape[0] != channels or 0 in image.shape:
             raise UsageError(f"the picture is {tuple(image.shape)}; it must be ({channels}, H, W)")
         whole = image if image.dtype == torch.uint8 else (127.5 * image + 127.5).round().clamp(0, 255).to(torch.uint8)
-        return whole.cpu(), None
+        return whole.cpu(), None, False
     picture = image if isinstance(image, Image.Image) else opened(Path(image))
     if picture.width * picture.height > MAX_PIXELS:
         raise DataError(f"a picture of {picture.width}x{picture.height} is more than {MAX_PIXELS} pixels")
-    picture = turned(picture)
+    try:
+        picture = to_eight_bits(turned(picture))
+    except BadImage as error:
+        raise DataError(f"{'the picture' if isinstance(image, Image.Image) else image}: {error}") from None
     clear = picture.convert("RGBA").getchannel("A") if picture.mode in ("RGBA", "LA", "P", "PA") else None
     alpha = None if clear is None else torch.from_numpy(np.asarray(clear).copy()).float() / 255
     pixels = np.asarray(picture.convert({1: "L", 3: "RGB", 4: "RGBA"}[channels]))
     tensor = torch.from_numpy(pixels.reshape(*pixels.shape[:2], channels).copy()).permute(2, 0, 1).contiguous()
-    return tensor, None if alpha is None or channels == 4 or bool((alpha == 1).all()) else alpha
+    seen = None if alpha is None or channels == 4 or bool((alpha == 1).all()) else alpha
+    return tensor, seen, channels == 1 and in_colour(picture)
+
+
+def in_colour(picture: Image.Image) -> bool:
+    """Whether any pixel of a picture is other than grey."""
+    colours = np.asarray(picture.convert("RGB"))
+    return bool((colours != colours[..., :1]).any())
 
 
 def turned(picture: Image.Image) -> Image.Image:

@@ -16,6 +16,8 @@ from reverie.models.model import Model, mapped
 from reverie.models.settling import settle_dtype
 from reverie.models.speed import hasten, settle_speed
 
+DEVICES = ("cpu", "cuda", "mps", "xpu")
+
 
 def load(
     path: Path | str,
@@ -62,6 +64,8 @@ def load(
     settle_speed(speed, weights)
     with named_vocabulary(vocabulary), mapped() if speed == "fast" else nullcontext():
         model = read_model(path, ema)
+    if vocabulary is not None and not getattr(model.card.text, "encoders", ()):
+        raise UsageError(f"vocabulary {vocabulary} has no effect on a model without CLIP's text encoder; leave it out")
     if loras or embeddings:
         from reverie.models.adapting import adapt
 
@@ -107,7 +111,7 @@ def skip_layers(model: Model, count: int) -> None:
 
 
 def find_device(device: str | torch.device) -> torch.device:
-    """Return a device that is there; "auto" is a GPU where there is one.
+    """Return a device that is there, and computes; "auto" is a GPU where there is one.
 
     Raises:
         UsageError: There is no such device.
@@ -120,8 +124,15 @@ def find_device(device: str | torch.device) -> torch.device:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         target = torch.device(device)
-        torch.empty(1, device=target)
+        known = target.type in DEVICES and not (target.type == "cpu" and target.index)
+    except (RuntimeError, TypeError):
+        known = False
+    if not known:
+        raise UsageError(f"device {str(device)[:40]} is not there; it may be auto, cpu, cuda or cuda:N")
+    try:
+        torch.zeros(1, device=target).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         why = str(error).splitlines()[0]
-        raise UsageError(f"device {device!s} is not there ({why}); use cpu, or auto") from None
+        why = f" ({why})" if len(why) < 100 else ""
+        raise UsageError(f"device {device!s} is not there{why}; use cpu, or auto") from None
     return target

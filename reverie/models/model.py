@@ -355,6 +355,7 @@ class Model:
         found = read_original(image, mask, channels)
         if outpaint is not None:
             found = outpainted(found, outpaint)
+        found.check_mask()
         if self.fills and found.mask is None:
             raise UsageError("this model was trained to fill in; give a mask, white where it is to draw")
         if factor is not None and task != "super-resolution":

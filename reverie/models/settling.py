@@ -4,7 +4,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from reverie.base.errors import UsageError
 from reverie.base.randomness import MAX_SEED
@@ -68,6 +70,8 @@ def settle_labels(card: Card, n: int, classes: int | str | Sequence[int | str] |
         if not card.unconditional:
             raise UsageError(f"this model needs a class, one of {names(card)}")
         return (card.null_label,) * n
+    if isinstance(classes, Tensor | np.ndarray):
+        classes = classes.tolist()
     if isinstance(classes, Sequence) and not isinstance(classes, str):
         if len(classes) != n:
             raise UsageError(f"there are {len(classes)} classes for {n} samples; give one for each, or a single one")

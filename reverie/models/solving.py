@@ -126,6 +126,9 @@ def named_sampler(denoiser: NetworkDenoiser, card: Card, name: str, asked: Mappi
     preferred |= card.sampling.options if name == card.sampling.sampler else {}
     known = sampler_options(samplers[name])
     chosen = {option: value for option, value in {**preferred, **asked}.items() if option in known}
+    for option, value in chosen.items():
+        if isinstance(known[option], int | float) and isinstance(value, str):
+            raise UsageError(f"{option} is {value!r}; it must be a number, as {known[option]} is")
     try:
         rule: Sampler = samplers[name](**chosen)
     except TypeError as error:

@@ -22,6 +22,7 @@ from reverie.models.memory import check_memory, memory_errors
 from reverie.models.model import Model
 from reverie.models.plan import SamplingPlan, make_plan
 from reverie.models.sampling import evaluating, prepared
+from reverie.models.settling import whole
 
 QUICK = 16  # steps in which borders are found; sensitivities in twice as many
 NUMBERS = 1 << 17  # numbers of all samples that a solver is fitted to, about
@@ -65,18 +66,13 @@ def tune_model(
     """
     numbers, fine = math.prod(model.card.shape), finest(model)
     count = min(max(NUMBERS // numbers, 8), 64) if samples is None else samples
-    if (
-        not 2 <= count <= 10_000
-        or (walks is not None and walks < 1)
-        or (rounds is not None and rounds < 0)
-        or not steps
-        or min(steps) < 1
-        or max(steps) >= fine
-    ):
-        raise UsageError(
-            f"samples is {count}, walks {walks}, rounds {rounds}, steps {list(steps)}; "
-            f"they must lie in 2..10000, from 1, from 0, and in 1..{fine - 1}, fewer than the exact solution has"
-        )
+    for n in steps:
+        whole("steps", n, 1, fine - 1)  # fewer than the exact solution has
+    for name, value, least in (("samples", count, 2), ("walks", walks, 1), ("rounds", rounds, 0)):
+        if value is not None:
+            whole(name, value, least, 10_000)
+    if not steps:
+        raise UsageError("there are no steps to tune for; give a number of evaluations, or several")
     lower = "samples"
     # The trajectories; and the derivatives by 6 numbers a step, a few times over.
     most = 4 * count * numbers * (4 * fine + 60 * max(steps))

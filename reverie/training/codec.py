@@ -24,6 +24,7 @@ from reverie.data.dataset import Dataset
 from reverie.models.checkpoints import Checkpoint, CheckpointStore, check_tensors
 from reverie.models.codec import Codec
 from reverie.models.formats.codec_file import write_vae
+from reverie.models.load import find_device
 from reverie.models.pictures import grid_picture, to_uint8
 from reverie.networks.autoencoder import Autoencoder, AutoencoderConfig
 from reverie.networks.discriminator import Discriminator
@@ -33,7 +34,7 @@ from reverie.training.codec_update import CodecUpdate
 from reverie.training.ema import EMA
 from reverie.training.metrics import Console, Stream, imported
 from reverie.training.optimizers import flatten_optimizer, restore_optimizer
-from reverie.training.plan import choose_device, choose_dtype, norm_groups, shape_words
+from reverie.training.plan import choose_dtype, norm_groups, shape_words
 from reverie.training.run import BaseRun, Progress, Resume, carry_out
 from reverie.training.setup import merge
 from reverie.training.update import StepReport, seeded, to_unit
@@ -115,7 +116,7 @@ class CodecRun(BaseRun):
             self.say(f"skipped {skipped}")
         for tracker in config.track:
             imported(tracker)
-        self.device = choose_device(config.device)
+        self.device = find_device(config.device)
         settings = network_for(config, self.dataset)
         channels, layout = settings.in_channels, self.layout
         with seeded(True, config.seed, "weights"):

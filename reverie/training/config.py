@@ -152,6 +152,7 @@ class TrainConfig(RunConfig):
         if self.captions and self.labels and "labels" in self.model_fields_set:
             yield "captions and labels are one or the other; leave labels out"
         yield from self.starting()
+        yield from self.switched_off()
         yield from self.without_effect()
         yield from self.of_scores()
         if self.network == "edm2" and (self.time_scale_shift or self.captions):
@@ -204,6 +205,18 @@ class TrainConfig(RunConfig):
             yield f"{', '.join(found)}: taken from the model that is started from; leave out"
         if self.objective in FEW_STEPS:
             yield f"objective {self.objective} takes its model as --teacher, not as --from"
+
+    def switched_off(self) -> Any:
+        """Yield what belongs to something that is switched off, in words."""
+        asked = self.model_fields_set
+        off = {
+            "sample_every": (self.sample_every == 0, ("sample_count", "sample_steps")),
+            "held_out": (self.held_out == 0, ("validate_every",)),
+            "labels": ("labels" in asked and not self.labels and not self.captions, ("label_dropout",)),
+        }
+        for name, (is_off, others) in off.items():
+            if is_off and (found := [other for other in others if other in asked and getattr(self, other)]):
+                yield f"{', '.join(found)}: without effect where {name} is {getattr(self, name)}; leave out"
 
     def without_effect(self) -> Any:
         """Yield what has no effect on an objective of few steps, or on any other, in words."""

@@ -16,6 +16,7 @@ from reverie.data.dataset import Dataset
 from reverie.data.words import make_vocabulary
 from reverie.diffusion.registry import schedules
 from reverie.models.card import Card, CodecSpec, DataRecord, NetworkSpec, SamplingDefaults, ScheduleSpec, WordsSpec
+from reverie.models.load import find_device
 from reverie.models.model import Model
 from reverie.models.speed import native_bfloat16
 from reverie.networks import networks
@@ -147,7 +148,7 @@ def make_plan(
     Raises:
         UsageError: The device is not there, or settings do not fit the data.
     """
-    device = choose_device(config.device)
+    device = find_device(config.device)
     data = DataRecord(
         name=dataset.name[:200],
         fingerprint=dataset.fingerprint,
@@ -358,23 +359,6 @@ def schedule_spec(config: TrainConfig, own: Mapping[str, float | int | bool] | N
     if schedule.zero_terminal_snr and config.uncertainty:
         raise UsageError(f"uncertainty needs a clock that ends, as {config.schedule} has not; add --schedule edm")
     return ScheduleSpec(name=config.schedule, options=options)
-
-
-def choose_device(name: str) -> torch.device:
-    """Return the device of that name; "auto" is a GPU where there is one.
-
-    Raises:
-        UsageError: There is no such device.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UsageError(f"there is no device {name!r}; it is auto, cpu, cuda or cuda:N") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UsageError("device cuda was asked for, but PyTorch sees no GPU; use --device cpu")
-    return device
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype | None:

@@ -296,10 +296,9 @@ class BaseRun(ABC):
 
     def shown(self, report: StepReport, bar: tqdm) -> dict[str, str]:
         """Return what stands behind the progress bar: the loss, the speed, and the minutes left where they decide."""
-        shown = {
-            "loss": f"{report.loss:.4f}",
-            "images/s": f"{self.config.batch_size * (bar.format_dict['rate'] or 0):.0f}",
-        }
+        shown = {"loss": f"{report.loss:.4f}"}
+        if rate := bar.format_dict["rate"]:  # not known at first
+            shown["images/s"] = f"{self.config.batch_size * rate:.0f}"
         if self.config.minutes is not None:
             shown["minutes left"] = f"{max(0.0, self.config.minutes - self.progress.seconds / 60):.1f}"
         return shown

@@ -31,6 +31,7 @@ from reverie.models.checkpoints import Checkpoint, CheckpointStore, check_tensor
 from reverie.models.codec import Codec
 from reverie.models.formats import write_model
 from reverie.models.formats.codec_file import CODEC, beside, codec_contents, read_codec, spec_of
+from reverie.models.load import find_device
 from reverie.models.model import Model
 from reverie.networks.edm2_layers import Uncertainty
 from reverie.training import adapter
@@ -42,7 +43,7 @@ from reverie.training.graphed import Graphed, graphs
 from reverie.training.latents import CACHE, Latents
 from reverie.training.metrics import Console, Stream, imported
 from reverie.training.optimizers import flatten_optimizer, restore_optimizer
-from reverie.training.plan import choose_device, make_plan
+from reverie.training.plan import make_plan
 from reverie.training.previews import filled, preview
 from reverie.training.run import BaseRun, Progress, Resume, carry_out
 from reverie.training.setup import make_objective, make_times, merge
@@ -132,7 +133,7 @@ class Run(BaseRun):
             codec = beside(self.folder, read_card(self.folder / "card.json"))
         else:
             codec = origin.codec if origin else read_codec(self.config.codec) if self.config.codec else None
-        return None if codec is None else codec.to(choose_device(self.config.device))
+        return None if codec is None else codec.to(find_device(self.config.device))
 
     def shape_of_pictures(self, start: Model | None) -> tuple[int | None, ...] | None:
         """Return the shape (C, H, W) that the data's pictures have where nothing is said; None for their own."""

@@ -285,6 +285,14 @@ REFUSED = {
     "device": (["--device", "warp"], "device warp is not there"),
     "dtype": (["--dtype", "float8"], "--dtype is float8; it must be one of float32, bfloat16"),
     "averages": (["--ema", "0.5"], "0.5"),
+    "a flag's name": (["--set", "seed=3"], "--set seed=3: that is --seed"),
+    "a flag by another name": (["--set", "classes=cat"], "--set classes=cat: that is --class"),
+    "Python's alone": (["--set", "strength=1"], "no sampler and no grid has an option of that name"),
+    "text for a number": (["--sampler", "langevin", "--set", "step_size=abc"], "step_size is 'abc'; it must be"),
+    "empty class": (["--class", ""], "--class is empty"),
+    "empty folder": (["--out", ""], "--out is empty"),
+    "vocabulary": (["--vocabulary", "nope"], "vocabulary nope has no effect"),
+    "a device that computes nothing": (["--device", "meta"], "device meta is not there"),
 }
 
 

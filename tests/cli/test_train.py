@@ -222,7 +222,7 @@ def test_the_run_is_not_begun_twice_and_goes_on_when_asked(reverie, refused, tmp
 
 def test_refusals_of_the_trainer_make_nothing(refused, tmp_path):
     assert "nowhere" in refused(2, "train", "--data", "nowhere", "--out", "runs/a")[0]
-    assert "no device 'warp'" in refused(2, "train", *TINY, "--out", "runs/a", "--device", "warp")[0]
+    assert "device warp is not there" in refused(2, "train", *TINY, "--out", "runs/a", "--device", "warp")[0]
     assert "eps has no meaning" in refused(2, "train", *TINY, "--out", "runs/a", "--zero-snr", "--prediction", "eps")[0]
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").write_text("mine")

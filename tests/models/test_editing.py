@@ -1,5 +1,6 @@
 """Editing: what is known stays to the last bit, and strength means what it says."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -120,6 +121,7 @@ def test_what_does_not_go_together_is_refused(tmp_path):
         ({"size": 16}, "size has no effect"),
         ({"mask": half(4, 8)}, "of the picture's size"),
         ({"prompt": "a cat"}, "takes no prompts"),
+        ({"mask": 0 * half()}, "black everywhere"),
     ):
         with pytest.raises(UsageError, match=said):
             model.edit(image, **request)
@@ -141,6 +143,27 @@ def test_pictures_of_every_mode_become_the_models():
     original = read_original(picture(), None, 3)
     assert original.mask is None
     assert original.record()["mask"] is None
+
+
+def test_sixteen_bits_become_eight(tmp_path):
+    """A Pillow conversion would clip them to 255."""
+    deep = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+    pixels, _, faded = as_pixels(tmp_path / "deep.png", 3)
+    assert torch.equal(pixels, torch.from_numpy(np.rint(deep / 257).astype(np.uint8)).expand(3, 8, 8))
+    assert not faded
+    with pytest.raises(DataError, match="NaN or infinity"):
+        as_pixels(Image.fromarray(np.full((2, 2), np.nan, np.float32)), 1)
+
+
+def test_colour_on_a_grey_model_is_refused_where_it_would_have_to_come_back():
+    colour = Image.new("RGB", (8, 8), (200, 10, 10))
+    original = read_original(colour, None, 1)
+    assert original.faded
+    original.check_mask()  # all of it is made anew
+    with pytest.raises(UsageError, match="make it grey first"):
+        read_original(colour, half()[0, None], 1).check_mask()
+    read_original(Image.new("RGB", (8, 8), (9, 9, 9)), half()[0, None], 1).check_mask()
 
 
 @pytest.mark.parametrize("codec", [False, True])

@@ -26,6 +26,9 @@ def test_all_errors_are_told_at_once():
         ({"decay": "cosine", "minutes": 1}, "needs steps"),
         ({"widths": (8, 8), "attention": (True,)}, "names 1 levels, widths 2"),
         ({"schedule": "linaer"}, "must be one of linear"),
+        ({"sample_every": 0, "sample_count": 4}, "sample_count: without effect where sample_every is 0"),
+        ({"held_out": 0.0, "validate_every": 5}, "validate_every: without effect where held_out is 0"),
+        ({"labels": False, "label_dropout": 0.5}, "label_dropout: without effect where labels is False"),
     ],
 )
 def test_what_does_not_go_together_is_refused(settings, words):

@@ -6,7 +6,7 @@ import torch
 from reverie.base.errors import UsageError
 from reverie.data import open_dataset
 from reverie.training.config import TrainConfig
-from reverie.training.plan import attending, choose_device, make_plan
+from reverie.training.plan import attending, make_plan
 
 
 @pytest.fixture(scope="module")
@@ -62,12 +62,10 @@ def test_what_does_not_fit_is_refused(digits, settings, words):
         plan(digits, **settings)
 
 
-def test_a_device_that_is_not_there_is_refused():
-    with pytest.raises(UsageError, match="no device 'tpu9'"):
-        choose_device("tpu9")
-    if not torch.cuda.is_available():
-        with pytest.raises(UsageError, match="sees no GPU"):
-            choose_device("cuda")
+def test_a_device_that_is_not_there_is_refused(digits):
+    for name in ("tpu9", "meta", "cpu:1", *([] if torch.cuda.is_available() else ["cuda"])):
+        with pytest.raises(UsageError, match=f"device {name} is not there"):
+            plan(digits, device=name)
 
 
 def test_the_plan_speaks(digits):

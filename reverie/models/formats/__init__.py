@@ -56,6 +56,8 @@ def existing(path: Path | str) -> Path:
     Raises:
         UsageError: There is nothing.
     """
+    if not isinstance(path, str | Path) or path == "":
+        raise UsageError(f"the path of a model is {path!r}; it must be text, or a path")
     try:
         there = Path(path).exists()
     except (OSError, ValueError) as error:  # a name that is too long, or holds a NUL

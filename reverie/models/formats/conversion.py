@@ -81,7 +81,7 @@ def convert(source: Path | str, target: Path | str, to: str, overwrite: bool = F
     if to == "original" or known.name in ("original", "stable-diffusion"):
         possible = "diffusers" if known.name == "original" else "original"
         hint = f"; it can be written as {possible}" if known.name in ("original", "stable-diffusion") else ""
-        raise UsageError(f"{source} is {known.name}, which cannot be written as {to}{hint}")
+        raise UsageError(f"{source} is a model of the layout {known.name}, which cannot be written as {to}{hint}")
     model = read_model(source)
     path = write_model(model, target, to, overwrite)
     count = len(model.denoiser.network.state_dict())
