@@ -355,16 +355,17 @@ class Model:
         found = read_original(image, mask, channels)
         if outpaint is not None:
             found = outpainted(found, outpaint)
-        found.check_mask()
         if self.fills and found.mask is None:
             raise UsageError("this model was trained to fill in; give a mask, white where it is to draw")
         if factor is not None and task != "super-resolution":
             raise UsageError(f"factor is {factor}, which has no effect but on task super-resolution; leave it out")
         if task is None:
+            found.check_mask()
             return found
         if task == "interpolate":
             raise UsageError("task interpolate is between two samples, by their seeds: Model.interpolate")
         check_task(self.card, task, found.mask is not None)
+        found.check_mask()
         times = factor_of(found.size, self.card, factor) if task == "super-resolution" else 1
         return replace(found, task=task, factor=times)
 

@@ -28,4 +28,4 @@ def test_what_is_shipped_is_far_nearer_than_the_published_solvers(name, numbers)
             errors, *others = (squares(one, follow(one, r).x[-1]) for r in (own, *published([one], steps)))
             assert errors.median() < min(other.median() for other in others) / 36
             assert errors.mean() < min(other.mean() for other in others)
-    assert general(schedule, 8, numbers) is None
+    assert general(schedule, 12, numbers) is None
