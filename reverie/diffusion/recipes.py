@@ -1,4 +1,4 @@
-"""Solvers fitted beforehand, for models that have none of their own: to mixtures of Gaussians, by schedule.
+"""Solvers fitted beforehand, for models that have none of their own: to mixtures, some to a network too, by schedule.
 
 The table beside this file was made by tools/fit_recipes.py, for samples of few numbers, some and many, and has no
 solver that was much farther than UniPC on some trained networks. On a model that it was not fitted to it cannot be the
