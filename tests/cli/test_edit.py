@@ -1,7 +1,8 @@
-"""`reverie edit --task`: what it writes, and what it refuses."""
+"""`reverie edit`: what it writes, tells and refuses."""
 
 import json
 
+import pytest
 import torch
 from PIL import Image
 
@@ -49,3 +50,10 @@ def test_what_is_refused(tmp_path, refused):
     ):
         code = 3 if said == "holds no record" else 2
         assert said in " ".join(refused(code, "edit", model, picture, *words, "--out", tmp_path / "out"))
+
+
+@pytest.mark.parametrize(("strength", "line"), [("0.5", "3 steps of ddim from t = 0.5"), ("0", "no step was run")])
+def test_the_steps_that_ran_are_told(reverie, models, tmp_path, strength, line):
+    Image.new("L", (8, 8), 90).save(tmp_path / "grey.png")
+    words = ("--class", "cat", "--sampler", "ddim", "--steps", 3, "--strength", strength, "--out", tmp_path / "out")
+    assert line in reverie("edit", models / "classes", tmp_path / "grey.png", *words).stderr
