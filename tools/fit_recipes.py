@@ -38,7 +38,7 @@ import reverie as rv
 from reverie.diffusion.grids import uniform_log_snr
 from reverie.diffusion.levels import levels
 from reverie.diffusion.oracle_stack import MixtureStack, random_circles, random_stack
-from reverie.diffusion.polish import attempt, polish, squares
+from reverie.diffusion.polish import FLOOR, attempt, polish, squares
 from reverie.diffusion.recipes import FILE, of_row
 from reverie.diffusion.registry import schedules
 from reverie.diffusion.samplers.base import Sampler
@@ -190,10 +190,9 @@ class Judged(NamedTuple):
         if (tried := attempt(lessons.judging, recipe, NOISE)) is None:
             return None
         pairs = zip(lessons.judging[::2], tried[0][::2], strict=True)  # without those at borders
-        squared = [squares(one, path.x[-1]) + 1e-14 for one, path in pairs]
-        typical, mean = (sum(values) / len(squared) / 2 for values in (
-            [float(e.log().mean()) for e in squared], [float(e.mean().log()) for e in squared]
-        ))  # fmt: skip
+        squared = [squares(one, path.x[-1]) + FLOOR for one, path in pairs]
+        typical = sum(float(e.log().mean()) for e in squared) / len(squared) / 2
+        mean = sum(float(e.mean().log()) for e in squared) / len(squared) / 2
         return Judged(tried[1], typical, mean, [network.farther(recipe) for network in networks])
 
 
