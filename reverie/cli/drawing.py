@@ -18,6 +18,7 @@ from reverie.base.errors import ReverieError, Stopped, UsageError
 from reverie.cli.console import interactive, note, size
 from reverie.cli.options import flag, plain
 from reverie.models.footprint import weights_bytes, working_bytes
+from reverie.models.guiding import KINDS
 from reverie.models.load import load
 from reverie.models.model import Model, Samples
 from reverie.models.pictures import again, animation, grid_picture, picture_bytes, write_new, write_pictures
@@ -41,11 +42,7 @@ RECORDED = (
     "grid",
     "steps",
     "guidance",
-    "guidance_interval",
-    "guidance_rescale",
-    "perturbed",
-    "auto_guidance",
-    "bad",
+    *KINDS,
     "clip",
     "threshold",
     "size",
@@ -60,9 +57,8 @@ RECORDED = (
 )
 
 # What a model is asked beside options of samplers and grids.
-OTHERS = frozenset({"self", "image", "callback", "request", *(
-    name for call in (make_plan, Model.sample, Model.edit) for name in signature(call).parameters
-)}) - {"options"}  # fmt: skip
+CALLS = (make_plan, Model.sample, Model.edit)
+OTHERS = {name for call in CALLS for name in signature(call).parameters} - {"options"}
 NAMED_ELSE = {"classes": "class_"}
 
 Tick = Callable[[Progress, int], None]
@@ -236,8 +232,8 @@ class Job:
 def asked(ask: "SampleSettings | EvaluateSettings", bad: Model | None) -> dict[str, Any]:
     """Return what was asked for of a model's samples beside how many, seeds and classes, as `Model.plan` takes it."""
     same = (
-        "prompt", "negative_prompt", "sampler", "steps", "guidance", "guidance_interval", "guidance_rescale",
-        "perturbed", "auto_guidance", "clip", "threshold", "batch_size", "cache_every",
+        "prompt", "negative_prompt", "sampler", "steps", "guidance", *KINDS[:-1], "clip", "threshold", "batch_size",
+        "cache_every",
     )  # fmt: skip
     options = named_options(ask.set_, type(ask).model_fields)
     options |= {name: value for name in ("eta", "variance") if (value := getattr(ask, name)) is not None}

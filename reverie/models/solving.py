@@ -19,7 +19,7 @@ from reverie.diffusion.samplers.learned import Learned
 from reverie.diffusion.schedules import Schedule, Table
 from reverie.models.automatic import choose
 from reverie.models.card import Card
-from reverie.models.guiding import finite
+from reverie.models.guiding import KINDS, finite
 from reverie.models.settling import whole
 
 SETTINGS = (
@@ -31,11 +31,7 @@ SETTINGS = (
     "steps",
     "grid",
     "guidance",
-    "guidance_interval",
-    "guidance_rescale",
-    "perturbed",
-    "auto_guidance",
-    "bad",
+    *KINDS,
     "clip",
     "threshold",
     "size",
