@@ -3,7 +3,7 @@
     python benchmarks/stable_diffusion.py --dtype bfloat16 --json stable.json
 
 Random weights of the real architecture (859,520,964 numbers; `--xl`: 2,567,463,684), the same in all; a guided step is
-a batch of 2 latents of 64x64 (128x128). `--dtype` is what all compute in: diffusers in eager PyTorch, OpenVINO by its
+the same latent of 64x64 (128x128) twice, with two texts; `--apart`: two latents. `--dtype` is what all compute in: diffusers in eager PyTorch, OpenVINO by its
 hint, ours packed as `--speed fast` packs it. On a GPU there are also diffusers under torch.compile (mode
 reduce-overhead, channels innermost), and ours without its recorded calls. Turns alternate, the first of each is left
 out; relative error is to diffusers' float32. `--clock cpu` counts the processor's time instead of the wall's, where
@@ -82,10 +82,11 @@ class Told(NamedTuple):
         return self._replace(x=self.x.to(memory_format=torch.channels_last))
 
 
-def told(xl: bool, size: int, device: str) -> Told:
+def told(xl: bool, size: int, device: str, apart: bool) -> Told:
     """Return what a step is given, the same on every device."""
     torch.manual_seed(1)
     x, time = torch.randn(2, 4, size, size), torch.tensor([500.0, 500.0])
+    x = x if apart else x[:1].repeat(2, 1, 1, 1)
     context = torch.randn(2, 77, 2048 if xl else 768)
     added = {"pooled": torch.randn(2, 1280), "sizes": torch.full((2, 6), 8.0 * size)} if xl else {}
     return Told(x.to(device), time.to(device), context.to(device), {k: v.to(device) for k, v in added.items()})
@@ -201,6 +202,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--xl", action="store_true", help="Stable Diffusion XL's U-Net")
     parser.add_argument("--size", type=int, help="latents a side")
+    parser.add_argument("--apart", action="store_true", help="two latents, of which nothing can be shared")
     parser.add_argument("--width", type=int, default=320, help="channels of the first level")
     parser.add_argument("--without", default="", help="peers to leave out, with commas: diffusers, openvino, compiled")
     parser.add_argument("--json", type=Path)
@@ -235,7 +237,7 @@ def main() -> None:
     widths = [options.width * factor for factor in (1, 2, 4, 4)[: len(config["down_block_types"])]]
     heads = {"attention_head_dim": [width // 64 for width in widths]} if options.xl else {}
     theirs, ours = build(config | {"block_out_channels": widths} | heads, device)
-    given = told(options.xl, options.size or (128 if options.xl else 64), device)
+    given = told(options.xl, options.size or (128 if options.xl else 64), device, options.apart)
     dtype, preparation = getattr(torch, options.dtype), {}
     with torch.backends.cudnn.flags(allow_tf32=False):
         wanted = theirs_of(theirs, given).float()

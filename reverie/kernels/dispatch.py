@@ -135,7 +135,7 @@ def fast(*tensors: Tensor | None, dtypes: tuple[torch.dtype, ...] = (torch.float
             raise UsageError(f"{VARIABLE} is 'fast', but there are no fast kernels here: {why}")
         return False
     given = [tensor for tensor in tensors if tensor is not None]
-    return all(plain_memory(tensor) and tensor.dtype in dtypes for tensor in given) and not traced()
+    return readable(*given) and all(tensor.dtype in dtypes for tensor in given)
 
 
 def has(name: str) -> bool:
@@ -153,6 +153,11 @@ def widths() -> tuple[int, int]:
     found = library()
     assert found is not None
     return found.reverie_vector(), found.reverie_panel()
+
+
+def readable(*tensors: Tensor) -> bool:
+    """Whether what to do may depend on the numbers of tensors: they are in the CPU's memory, and nothing is traced."""
+    return not torch.compiler.is_compiling() and all(map(plain_memory, tensors)) and not traced()
 
 
 def plain_memory(tensor: Tensor) -> bool:

@@ -30,9 +30,10 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from reverie.kernels import attention, gated, linear, self_attention
-from reverie.networks.layers import GroupNorm, Image, LayerNorm, Linear, Resized, SizeOf, zeroed
+from reverie.networks.layers import GroupNorm, Image, LayerNorm, Linear, Resized, SizeOf, repeated, zeroed
 
 Tokens = Float[Tensor, "b n c"]
+Contexts = Float[Tensor, "k l d"]  # one for each sample; or more, where the samples stand for several
 
 # The self-attentions that mix nothing now. Of the context and not of the modules: another thread's call of the same
 # network is not changed, and nothing is left behind in them.
@@ -231,14 +232,17 @@ class TransformerBlock(nn.Module):
         self.norm3 = LayerNorm(channels)
         self.ff = GatedMLP(channels)
 
-    def forward(self, x: Tokens, context: Float[Tensor, "b l d"]) -> Tokens:
-        x = x + self.attn1(self.norm1(x))
+    def forward(self, x: Tokens, context: Contexts) -> Float[Tensor, "k n c"]:
+        x = repeated(x + self.attn1(self.norm1(x)), len(context))
         x = x + self.attn2(self.norm2(x), context)
         return x + self.ff(self.norm3(x))
 
 
 class SpatialTransformer(nn.Module):
     """Transformer blocks over the pixels of an image, with a context for each sample.
+
+    With k times as many contexts as samples, the batch is repeated k times where a context is first looked at, as if
+    it had been before: sample b is in rows b, b + B, and so on.
 
     Arguments:
         channels: Channels in and out.
@@ -276,11 +280,12 @@ class SpatialTransformer(nn.Module):
         )
         self.proj_out = zeroed(Linear(inner, channels) if linear_projection else nn.Conv2d(inner, channels, 1))
 
-    def forward(self, x: Image, context: Float[Tensor, "b l d"]) -> Image:
+    def forward(self, x: Image, context: Contexts) -> Float[Tensor, "k c h w"]:
         h = self.norm(x)
         tokens = self.proj_in(to_tokens(h)) if self.linear_projection else to_tokens(self.proj_in(h))
         for block in self.transformer_blocks:
             tokens = block(tokens, context)
+        x = repeated(x, len(context))
         if self.linear_projection:
             return x + to_image(self.proj_out(tokens), x)
         return x + self.proj_out(to_image(tokens, x))

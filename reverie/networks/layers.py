@@ -29,7 +29,7 @@ __all__ = ["ACTIVATIONS", "attention", "group_norm", "linear", "self_attention"]
 
 Image = Float[Tensor, "b c h w"]
 Resized = Float[Tensor, "b c h2 w2"]
-SizeOf = Float[Tensor, "b _ h2 w2"]  # an image of which only the size is looked at
+SizeOf = Float[Tensor, "_ _ h2 w2"]  # an image of which only the size is looked at
 AnyImage = Float[Tensor, "b _ _ _"]
 Resample = Callable[[Tensor], Tensor]
 
@@ -76,6 +76,11 @@ def zeroed(module: nn.Module) -> nn.Module:
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
     return module
+
+
+def repeated(x: Float[Tensor, "b *d"], count: int) -> Float[Tensor, "_ *d"]:
+    """Return a batch, again and again until it has so many rows."""
+    return x if len(x) == count else torch.cat([x] * (count // len(x)))
 
 
 # Time -----------------------------------------------------------------------------------------

@@ -12,6 +12,8 @@ What changes, and what each change does to the numbers:
 - **Norms** keep their weights in float32, and take their sums in it.
 - **Biases** of a residual block's convolutions, on a GPU, join one that is added anyway: each is a walk over memory.
 - **Self-attention** reads its tokens once, for queries, keys and values together.
+- **Guidance's two branches**, on a CPU, are one until a context is first looked at: the same image at the same time
+  goes once through all that comes before (`UNet.shares`).
 - **Attention to a context** works its keys and values out once for each context, as long as that is there: they
   depend on the words alone, and are the same at every step.
 - **Eight bits**, where they are asked for: a scale for each output, and the weight made of them in each product.
@@ -243,6 +245,8 @@ def pack(network: nn.Module, dtype: torch.dtype = torch.float32, bits8: bool = F
         (True, torch.Size([2, 1, 8, 8]))
     """
     for part in packable(network):
+        if isinstance(part, UNet):
+            part.shares = part.conv_in.weight.device.type == "cpu"  # a recorded call can't look
         for block in [module for module in part.modules() if isinstance(module, ResidualBlock)]:
             if block.conv1.weight.is_cuda:
                 join_biases(block)

@@ -46,6 +46,7 @@ from jaxtyping import Float, Real
 from torch import Tensor, nn
 
 from reverie.base.errors import ModelFileError, UsageError
+from reverie.kernels.dispatch import readable
 from reverie.networks.checks import check_context, check_images, check_label
 from reverie.networks.layers import (
     ACTIVATIONS,
@@ -56,6 +57,7 @@ from reverie.networks.layers import (
     Sinusoids,
     TimeEmbedding,
     checked,
+    repeated,
     zeroed,
 )
 from reverie.networks.skip_blocks import SkipDownBlock, SkipUpBlock
@@ -110,6 +112,11 @@ class UNet(nn.Module):
     Arguments:
         config: What it is made of.
 
+    Attributes:
+        shares: Whether the half of a batch of which the other half is a copy, but for the contexts, stands for both
+            until a context is first looked at: so are the two branches of guidance. The result is the same; its last
+            bits, where they depend on the batch's size, are not.
+
     Example:
         >>> unet = UNet(UNetConfig(in_channels=1, channels=(8, 16), attention=(False, True), num_class_embeds=11))
         >>> unet(torch.zeros(2, 1, 13, 7), time=torch.tensor([0.0, 999.0]), label=torch.tensor([3, 10])).shape
@@ -121,6 +128,7 @@ class UNet(nn.Module):
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
         self.config = config
+        self.shares = False
         first = config.channels[0]
         self.conv_in = nn.Conv2d(config.in_channels * config.patch**2, first, 3, padding=1)
         self.places = Places(first, config.time_channels) if config.positions else None
@@ -218,10 +226,13 @@ class UNet(nn.Module):
         x = 2 * x - 1 if self.config.center_input_sample else x
         size = x.shape[2:]
         x = patches(x, self.config.patch)
+        count = len(x)
+        if self.shares and context is not None and same_halves(x, emb):
+            x = x[: count // 2]
         image: Tensor | None = x
         x = self.conv_in(x)
         if self.places is not None:
-            x = x + self.places(x, emb)
+            x = x + self.places(x, emb[: len(x)])
         skips = [x]
         deep = None if torch.compiler.is_compiling() else _DEEP.get()
         if deep is not None and deep.state is not None:
@@ -233,7 +244,7 @@ class UNet(nn.Module):
         if deep is not None:
             deep.state = x
         x, image = self.up_blocks[-1](x, emb, context, skips, image)
-        x = self.conv_out(self.conv_norm_out(x, self.act_out))
+        x = self.conv_out(self.conv_norm_out(repeated(x, count), self.act_out))
         if image is not None:
             x = x + image
         if self.config.time_embedding_type == "fourier":
@@ -308,6 +319,20 @@ class UNet(nn.Module):
             raise UsageError(
                 f"time_cond is {tuple(time_cond.shape)}; it must be ({count}, {config.time_cond_proj_dim})"
             )
+
+
+def same_halves(*tensors: Tensor) -> bool:
+    """Whether the second half of each batch is the first, where its numbers can be looked at.
+
+    Example:
+        >>> same_halves(torch.tensor([1.0, 2.0, 1.0, 2.0])), same_halves(torch.tensor([1.0, 1.0, 2.0, 2.0]))
+        (True, False)
+    """
+    return (
+        readable(*tensors)
+        and all(len(x) % 2 == 0 for x in tensors)
+        and all(torch.equal(*x.chunk(2)) for x in tensors)
+    )
 
 
 def patches(x: Float[Tensor, "b c h w"], patch: int) -> Float[Tensor, "b c2 h2 w2"]:

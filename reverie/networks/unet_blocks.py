@@ -19,11 +19,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from reverie.networks.attention import SpatialAttention, SpatialTransformer
-from reverie.networks.layers import AnyImage, Downsample, Image, ResidualBlock, Upsample, double, halve
+from reverie.networks.layers import Downsample, Image, ResidualBlock, Upsample, double, halve, repeated
 from reverie.networks.unet_config import UNetConfig
 
-Embedding = Float[Tensor, "b t"]
-Context = Float[Tensor, "b l d"]
+# One for each sample; while the samples stand for two halves of a batch (`UNet.shares`), for those of both.
+Embedding = Float[Tensor, "k t"]
+Context = Float[Tensor, "k l d"]
+Result = Float[Tensor, "_ _ _ _"]
 
 
 def residual(config: UNetConfig, in_channels: int, out_channels: int, **settings: Any) -> ResidualBlock:
@@ -81,14 +83,14 @@ class Block(nn.Module):
         self.attentions = None
         self.checkpointing = False
 
-    def layer(self, index: int, x: Image, emb: Embedding, context: Context | None) -> AnyImage:
+    def layer(self, index: int, x: Image, emb: Embedding, context: Context | None) -> Result:
         """Apply one residual block and its attention."""
         if self.checkpointing and torch.is_grad_enabled():
             return checkpoint(self._layer, index, x, emb, context, use_reentrant=False)
         return self._layer(index, x, emb, context)
 
-    def _layer(self, index: int, x: Image, emb: Embedding, context: Context | None) -> AnyImage:
-        x = self.resnets[index](x, emb)
+    def _layer(self, index: int, x: Image, emb: Embedding, context: Context | None) -> Result:
+        x = self.resnets[index](x, emb[: len(x)])
         return x if self.attentions is None else self.attentions[index](x, context)
 
 
@@ -115,8 +117,8 @@ class DownBlock(Block):
             self.downsamplers = nn.ModuleList([down or Downsample(channels, config.downsample_padding)])
 
     def forward(
-        self, x: Image, emb: Embedding, context: Context | None, skips: list[Tensor], image: AnyImage | None
-    ) -> tuple[AnyImage, AnyImage | None]:
+        self, x: Image, emb: Embedding, context: Context | None, skips: list[Tensor], image: Result | None
+    ) -> tuple[Result, Result | None]:
         for index in range(len(self.resnets)):
             x = self.layer(index, x, emb, context)
             skips.append(x)
@@ -145,7 +147,7 @@ class MiddleBlock(Block):
                 middle = transformer(config, len(config.channels) - 1)
             self.attentions = nn.ModuleList([middle])
 
-    def forward(self, x: Image, emb: Embedding, context: Context | None) -> AnyImage:
+    def forward(self, x: Image, emb: Embedding, context: Context | None) -> Result:
         return self.resnets[1](self.layer(0, x, emb, context), emb)
 
 
@@ -171,10 +173,10 @@ class UpBlock(Block):
             self.upsamplers = nn.ModuleList([up or Upsample(channels)])
 
     def forward(
-        self, x: Image, emb: Embedding, context: Context | None, skips: list[Tensor], image: AnyImage | None
-    ) -> tuple[AnyImage, AnyImage | None]:
+        self, x: Image, emb: Embedding, context: Context | None, skips: list[Tensor], image: Result | None
+    ) -> tuple[Result, Result | None]:
         for index in range(len(self.resnets)):
-            x = self.layer(index, torch.cat([x, skips.pop()], 1), emb, context)
+            x = self.layer(index, torch.cat([x, repeated(skips.pop(), len(x))], 1), emb, context)
         if self.upsamplers is not None:
             up = self.upsamplers[0]
             x = up(x, emb, skips[-1]) if isinstance(up, ResidualBlock) else up(x, skips[-1])

@@ -180,3 +180,61 @@ def test_a_broken_attention_still_returns_its_values():
         wanted = network(**asked)
     with unmixed(pixel_attentions(other).values()):
         assert off(other(**asked), wanted) < 1e-5
+
+
+def guided(network: UNet, rows: int) -> dict[str, torch.Tensor]:
+    """Return what guidance asks: the same images at the same times under two contexts each."""
+    asked = told(network, 2 * rows)
+    return asked | {name: asked[name][:rows].repeat(2, *[1] * (asked[name].ndim - 1)) for name in ("x", "time")}
+
+
+SHARED = [
+    {"context_dim": 12},
+    {"context_dim": 12, "attention": (True, True), "positions": True},
+    {"context_dim": 12, "attention": (True, False), "use_linear_projection": True},
+    {"context_dim": 12, "middle": "none", "attention": (False, True)},
+]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("config", SHARED)
+@pytest.mark.parametrize("dtype", list(NEAR))
+def test_two_branches_that_share_their_beginning_say_what_they_said_apart(config, dtype):
+    network = unet(**config)
+    asked, seen = guided(network, 3), []
+    pack(network, dtype)
+    assert network.shares
+    network.down_blocks[0].resnets[0].register_forward_pre_hook(lambda _, given: seen.append(len(given[0])))
+    y = network(**asked)
+    network.shares = False
+    apart = network(**asked)
+    assert seen == [3, 6]
+    assert not torch.equal(y[:3], y[3:])
+    assert off(y, apart) < (1e-6 if dtype == torch.float32 else 1e-2)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["x", "time", "pooled"])
+def test_branches_that_differ_share_nothing(name):
+    network = unet(context_dim=12, addition_embed_type="text_time", addition_time_embed_dim=4, projection_class_embeddings_input_dim=5 + 2 * 4)
+    asked = guided(network, 2) | {"pooled": torch.ones(4, 5), "sizes": torch.ones(4, 2)}
+    asked[name] = asked[name].clone()
+    asked[name][3] += 0.5
+    other, seen = copy.deepcopy(network), []
+    pack(other)
+    other.down_blocks[0].resnets[0].register_forward_pre_hook(lambda _, given: seen.append(len(given[0])))
+    assert off(other(**asked), network(**asked)) < 1e-5
+    assert seen == [4]
+
+
+@torch.no_grad()
+def test_an_odd_batch_and_one_without_a_context_share_nothing():
+    network = unet()
+    asked, other = told(network, 2), copy.deepcopy(network)
+    asked = {name: value[:1].expand(2, *value.shape[1:]) for name, value in asked.items()}
+    pack(other)
+    assert off(other(**asked), network(**asked)) < 1e-5
+    network = unet(context_dim=12)
+    asked, other = told(network, 3), copy.deepcopy(network)
+    pack(other)
+    assert off(other(**asked), network(**asked)) < 1e-5

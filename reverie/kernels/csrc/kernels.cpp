@@ -229,6 +229,7 @@ WINOGRAD(4, 4, Single, float, )
 #ifdef __AVX512BF16__
 WINOGRAD(2, 2, Half, uint16_t, _bfloat16)
 WINOGRAD(2, 4, Half, uint16_t, _bfloat16)
+WINOGRAD(4, 4, Half, uint16_t, _bfloat16)
 #endif
 
 // shape: rows, inputs in words, outputs. Blocks of rows, and where there are fewer of them than threads, of outputs too.
