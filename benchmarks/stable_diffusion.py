@@ -3,11 +3,11 @@
     python benchmarks/stable_diffusion.py --dtype bfloat16 --json stable.json
 
 Random weights of the real architecture (859,520,964 numbers; `--xl`: 2,567,463,684), the same in all; a guided step is
-the same latent of 64x64 (128x128) twice, with two texts; `--apart`: two latents. `--dtype` is what all compute in: diffusers in eager PyTorch, OpenVINO by its
-hint, ours packed as `--speed fast` packs it. On a GPU there are also diffusers under torch.compile (mode
-reduce-overhead, channels innermost), and ours without its recorded calls. Turns alternate, the first of each is left
-out; relative error is to diffusers' float32. `--clock cpu` counts the processor's time instead of the wall's, where
-others use the machine. `--size` and `--width` make it smaller.
+the same latent of 64x64 (128x128) twice, with two texts; `--apart`: two latents. `--dtype` is what all compute in:
+diffusers in eager PyTorch, OpenVINO by its hint, ours packed as `--speed fast` packs it. On a GPU there are also
+diffusers under torch.compile (mode reduce-overhead, channels innermost), and ours without its recorded calls. Turns
+alternate, the first of each is left out; relative error is to diffusers' float32. `--clock cpu` counts the processor's
+time instead of the wall's, where others use the machine. `--size` and `--width` make it smaller.
 """
 
 import argparse

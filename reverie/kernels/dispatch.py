@@ -160,6 +160,11 @@ def readable(*tensors: Tensor) -> bool:
     return not torch.compiler.is_compiling() and all(map(plain_memory, tensors)) and not traced()
 
 
+def needs_gradient(*tensors: Tensor | None) -> bool:
+    """Whether a gradient by any of some tensors is asked for."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
 def plain_memory(tensor: Tensor) -> bool:
     """Whether a tensor is numbers in the CPU's memory, and nothing else."""
     return (

@@ -2,11 +2,12 @@ r"""Linear layers with weights that no longer change, in panels of outputs, and 
 
     y = x W^T + b                                                                                        (1)
     y = h gelu(g),    [h, g] = x W^T + b                                                                 (2)
+    y = z + x W^T + b                                                                                    (3)
 
 A panel holds as many outputs as a tile of registers has columns, each input's side by side, so that a product reads it
 from end to end. For (2) half of a panel's outputs are of h and half their fellows of g: both are there when a tile is
 done, and the widest tensor of a transformer is never written. Sums are in float32, and y is rounded once; by oneDNN's
-product and `reverie.kernels.gate` after it, twice.
+product and `reverie.kernels.gate`, or a sum, after it, twice.
 
 The twin is PyTorch's product of the same numbers. Which layers it serves is decided by the processor and a layer's
 number of inputs: one with AMX multiplies bfloat16 by tiles that oneDNN has and this has not.
@@ -26,7 +27,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from reverie.kernels import gate
-from reverie.kernels.dispatch import SUFFIX, call, fast, has, integers, pointer, widths
+from reverie.kernels.dispatch import SUFFIX, call, fast, has, integers, needs_gradient, pointer, widths
 
 
 class Panels(NamedTuple):
@@ -94,12 +95,15 @@ def in_columns(rows: Float[Tensor, " o"], gated: bool) -> Float[Tensor, " c"]:
     return torch.cat([half for pair in turns for half in pair])
 
 
-def product(x: Float[Tensor, "... i"], layer: Panels) -> Float[Tensor, "... o"]:
-    """Return (1) or (2).
+def product(
+    x: Float[Tensor, "... i"], layer: Panels, onto: Float[Tensor, "... o"] | None = None
+) -> Float[Tensor, "... o"]:
+    """Return (1) or (2); or (3).
 
     Arguments:
         x: Rows (..., I), of the layer's dtype.
-        layer: The layer.
+        layer: The layer; one that is not gated, with z.
+        onto: z, of that dtype.
 
     Example:
         >>> x, weight = torch.ones(1, 2), torch.ones(3, 2)
@@ -107,21 +111,24 @@ def product(x: Float[Tensor, "... i"], layer: Panels) -> Float[Tensor, "... o"]:
         [[2.0, 2.0, 2.0]]
     """
     dtype = layer.numbers.dtype
-    if (x.requires_grad and torch.is_grad_enabled()) or not fast(x) or x.dtype != dtype:
-        return plain(x, layer)
-    x = x.contiguous()
+    if needs_gradient(x, onto) or not fast(x, onto) or x.dtype != dtype:
+        return plain(x, layer, onto)
+    x, onto = x.contiguous(), None if onto is None else onto.contiguous()
     y = torch.empty(*x.shape[:-1], layer.outer, dtype=dtype)
     if y.numel():
         shape = integers(y.numel() // layer.outer, layer.inner // words(dtype), layer.outer)
-        arrays = map(pointer, (x, layer.numbers, layer.bias, y))
+        arrays = map(pointer, (x, layer.numbers, layer.bias, onto, y))
         call(f"reverie_linear{SUFFIX[dtype]}", shape, *arrays, int(layer.gated))
     return y
 
 
-def plain(x: Float[Tensor, "... i"], layer: Panels) -> Float[Tensor, "... o"]:
-    """The twin: (1) or (2) by PyTorch, for what the library can't be given."""
+def plain(
+    x: Float[Tensor, "... i"], layer: Panels, onto: Float[Tensor, "... o"] | None = None
+) -> Float[Tensor, "... o"]:
+    """The twin: (1), (2) or (3) by PyTorch, for what the library can't be given."""
     weight, bias = unpacked(layer)
     y = F.linear(x.float(), weight.float(), bias)
+    y = y if onto is None else y + onto
     return (gate.plain(y) if layer.gated else y).to(x.dtype)
 
 

@@ -40,7 +40,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from reverie.kernels.dispatch import SUFFIX, call, fast, has, integers, pointer, widths
+from reverie.kernels.dispatch import SUFFIX, call, fast, has, integers, needs_gradient, pointer, widths
 
 Tile = tuple[int, int]  # its height and width in pixels
 
@@ -149,30 +149,37 @@ def padded(inner: int, dtype: torch.dtype) -> int:
 
 
 def convolve(
-    x: Float[Tensor, "b i h w"], weight: Transformed, bias: Float[Tensor, " o"] | None
+    x: Float[Tensor, "b i h w"],
+    weight: Transformed,
+    bias: Float[Tensor, " o"] | None,
+    onto: Float[Tensor, "b o h w"] | None = None,
 ) -> Float[Tensor, "b o h w"]:
-    """Return the convolution of images: (1).
+    """Return the convolution of images: (1); or the sum of it and others, rounded once.
 
     Arguments:
         x: Images (B, I, H, W) of the weight's dtype, of any size and in any layout; those in channels-last are read as
             they are.
         weight: The weight.
         bias: One for each output, in float32.
+        onto: Images (B, O, H, W) that it is added to, of x's dtype.
     """
-    if (x.requires_grad and torch.is_grad_enabled()) or not fast(x) or x.dtype != weight.numbers.dtype:
-        return plain(x, weight, bias)
+    if needs_gradient(x, onto) or not fast(x, onto) or x.dtype != weight.numbers.dtype:
+        return plain(x, weight, bias, onto)
     x = x.contiguous(memory_format=torch.channels_last)
+    onto = None if onto is None else onto.contiguous(memory_format=torch.channels_last)
     samples, inner, height, width = x.shape
     y = torch.empty(samples, weight.outer, height, width, dtype=x.dtype, memory_format=torch.channels_last)
     if y.numel():
         shape = integers(samples, height, width, inner, weight.outer)
-        arrays = pointer(x), pointer(weight.numbers), pointer(bias), pointer(y)
-        call(named(weight.tile, x.dtype), shape, *arrays)
+        call(named(weight.tile, x.dtype), shape, *map(pointer, (x, weight.numbers, bias, onto, y)))
     return y
 
 
 def plain(
-    x: Float[Tensor, "b i h w"], weight: Transformed, bias: Float[Tensor, " o"] | None
+    x: Float[Tensor, "b i h w"],
+    weight: Transformed,
+    bias: Float[Tensor, " o"] | None,
+    onto: Float[Tensor, "b o h w"] | None = None,
 ) -> Float[Tensor, "b o h w"]:
     """The twin: (1) by PyTorch, for what the library can't be given."""
     (m, n), (height, width) = weight.tile, x.shape[2:]
@@ -183,7 +190,8 @@ def plain(
     seen = torch.einsum("pr,bihwrs,qs->pqbhwi", before, tiles, before2).to(weight.numbers.dtype).float()
     products = torch.einsum("pqbhwi,pqio->pqbohw", seen, unpacked(weight).float())
     y = torch.einsum("rp,pqbohw,sq->bohrws", after, products, after2).flatten(4).flatten(2, 3)[:, :, :height, :width]
-    return (y if bias is None else y + bias[:, None, None]).to(x.dtype)
+    y = y if bias is None else y + bias[:, None, None]
+    return (y if onto is None else y + onto).to(x.dtype)
 
 
 def unpacked(weight: Transformed) -> Float[Tensor, "n k i o"]:

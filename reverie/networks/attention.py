@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from reverie.kernels import attention, gated, linear, self_attention
-from reverie.networks.layers import GroupNorm, Image, LayerNorm, Linear, Resized, SizeOf, repeated, zeroed
+from reverie.networks.layers import GroupNorm, Image, LayerNorm, Linear, Resized, SizeOf, added, repeated, zeroed
 
 Tokens = Float[Tensor, "b n c"]
 Contexts = Float[Tensor, "k l d"]  # one for each sample; or more, where the samples stand for several
@@ -117,13 +117,16 @@ class Attention(nn.Module):
         self.joined: nn.Module | None = None
         self.known: WeakIdKeyDictionary | None = None
 
-    def forward(self, x: Tokens, context: Float[Tensor, "b l d"] | None = None) -> Tokens:
-        """Return what the tokens see in the context, or in themselves."""
-        if context is None and not mixes(self):
-            return self.to_out[0](self._values(x))
-        if context is None:
-            return self.to_out[0](self_attention(self._fused(x), self.heads))
-        return self.to_out[0](attention(self.to_q(x), *self._of_context(context), self.heads))
+    def forward(self, x: Tokens, context: Float[Tensor, "b l d"] | None = None, onto: Tokens | None = None) -> Tokens:
+        """Return what the tokens see in the context, or in themselves; added to other tokens, where they are given."""
+        seen = self._seen(x, context)
+        return self.to_out[0](seen) if onto is None else added(onto, self.to_out[0], seen)
+
+    def _seen(self, x: Tokens, context: Float[Tensor, "b l d"] | None) -> Float[Tensor, "b n hd"]:
+        """Return the sums of the values, a head's beside another's."""
+        if context is not None:
+            return attention(self.to_q(x), *self._of_context(context), self.heads)
+        return self_attention(self._fused(x), self.heads) if mixes(self) else self._values(x)
 
     def join(self, layer: nn.Module) -> None:
         """Have queries, keys and values of the same tokens made by one layer, which is given, instead of three."""
@@ -193,7 +196,7 @@ class SpatialAttention(Attention):
 
     def forward(self, x: Image, context: None = None) -> Image:  # type: ignore[override]
         h = x if self.group_norm is None else self.group_norm(x)
-        y = x + to_image(super().forward(to_tokens(h)), x)
+        y = to_image(super().forward(to_tokens(h), onto=to_tokens(x)), x)
         return y if self.scale_out == 1 else y / self.scale_out
 
 
@@ -215,8 +218,9 @@ class GatedMLP(nn.Module):
         super().__init__()
         self.net = nn.Sequential(Gate(channels, 4 * channels), nn.Identity(), Linear(4 * channels, channels))
 
-    def forward(self, x: Tokens) -> Tokens:
-        return self.net(x)
+    def forward(self, x: Tokens, onto: Tokens) -> Tokens:
+        """Return it, added to other tokens."""
+        return added(onto, self.net[2], self.net[1](self.net[0](x)))
 
 
 class TransformerBlock(nn.Module):
@@ -233,9 +237,9 @@ class TransformerBlock(nn.Module):
         self.ff = GatedMLP(channels)
 
     def forward(self, x: Tokens, context: Contexts) -> Float[Tensor, "k n c"]:
-        x = repeated(x + self.attn1(self.norm1(x)), len(context))
-        x = x + self.attn2(self.norm2(x), context)
-        return x + self.ff(self.norm3(x))
+        x = repeated(self.attn1(self.norm1(x), onto=x), len(context))
+        x = self.attn2(self.norm2(x), context, onto=x)
+        return self.ff(self.norm3(x), x)
 
 
 class SpatialTransformer(nn.Module):
@@ -287,5 +291,5 @@ class SpatialTransformer(nn.Module):
             tokens = block(tokens, context)
         x = repeated(x, len(context))
         if self.linear_projection:
-            return x + to_image(self.proj_out(tokens), x)
-        return x + self.proj_out(to_image(tokens, x))
+            return to_image(added(to_tokens(x), self.proj_out, tokens), x)
+        return added(x, self.proj_out, to_image(tokens, x))

@@ -107,7 +107,7 @@ class WordsBlock(nn.Module):
 
     def forward(self, e: Float[Tensor, "b n c"]) -> Float[Tensor, "b n c"]:
         e = e + self.attn(self.norm1(e))
-        return e + self.ff(self.norm2(e))
+        return self.ff(self.norm2(e), e)
 
 
 class Words(nn.Module):

@@ -78,6 +78,11 @@ def zeroed(module: nn.Module) -> nn.Module:
     return module
 
 
+def added(x: Tensor, layer: nn.Module, h: Tensor) -> Tensor:
+    """Return x + layer(h): in one walk where the layer can, and x has the dtype that it computes in."""
+    return layer(h, x) if getattr(layer, "adds_to", None) == x.dtype else x + layer(h)
+
+
 def repeated(x: Float[Tensor, "b *d"], count: int) -> Float[Tensor, "_ *d"]:
     """Return a batch, again and again until it has so many rows."""
     return x if len(x) == count else torch.cat([x] * (count // len(x)))
@@ -339,10 +344,11 @@ class ResidualBlock(nn.Module):
         if like is not None:
             x, h = crop(x, like), crop(h, like)
         h = self.conv1(h)
-        h = self.conv2(self.dropout(self.timed(h, emb)))
+        h = self.dropout(self.timed(h, emb))
         if self.conv_shortcut is not None:
             x = self.conv_shortcut(x)
-        return x + h if self.scale_out == 1 else (x + h) / self.scale_out
+        y = added(x, self.conv2, h)
+        return y if self.scale_out == 1 else y / self.scale_out
 
     def timed(self, h: Image, emb: Float[Tensor, "b t"] | None) -> Image:
         """Return the second norm of h, activated, with what the time says where the block has one."""

@@ -329,9 +329,7 @@ def same_halves(*tensors: Tensor) -> bool:
         (True, False)
     """
     return (
-        readable(*tensors)
-        and all(len(x) % 2 == 0 for x in tensors)
-        and all(torch.equal(*x.chunk(2)) for x in tensors)
+        readable(*tensors) and all(len(x) % 2 == 0 for x in tensors) and all(torch.equal(*x.chunk(2)) for x in tensors)
     )
 
 

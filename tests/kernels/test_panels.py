@@ -128,3 +128,21 @@ def test_the_rule_is_of_inputs_and_dtype(level, monkeypatch):
     assert not serves(4, torch.bfloat16)
     monkeypatch.setenv(dispatch.VARIABLE, "plain")
     assert not serves(4, torch.float32)
+
+
+@pytest.mark.parametrize(("rows", "inner", "outer"), [(1, 2, 3), (13, 40, 64), (29, 34, 130), (200, 320, 70)])
+def test_a_layer_is_added_to_what_there_is_and_rounded_once(dtype, rows, inner, outer):
+    x, weight, bias = drawn((rows,), inner, outer, dtype)
+    layer, z = panels(weight, bias, dtype), torch.randn(rows, outer).to(dtype)
+    wanted = exact(x, weight, bias, False) + z.double()
+    for found in (product(x, layer, z), plain(x, layer, z), product(x, layer, z.T.contiguous().T)):
+        assert found.dtype == dtype
+        assert off(found, wanted) < NEAR[dtype]
+    assert torch.equal(product(x[-1:], layer, z[-1:]), product(x, layer, z)[-1:])
+
+
+def test_the_gradient_of_what_is_added_to_is_the_twins(level):
+    x, weight, bias = drawn((5,), 4, 6, torch.float32)
+    z = torch.zeros(5, 6, requires_grad=True)
+    product(x, panels(weight, bias, torch.float32), z).sum().backward()
+    assert torch.equal(z.grad, torch.ones(5, 6))

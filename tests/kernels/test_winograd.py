@@ -10,7 +10,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from reverie.kernels import dispatch
-from reverie.kernels.winograd import FEWEST, LEAST, MOST, convolve, matrices, plain, polynomial, tile, transform, unpacked
+from reverie.kernels.winograd import (
+    FEWEST,
+    LEAST,
+    MOST,
+    convolve,
+    matrices,
+    plain,
+    polynomial,
+    tile,
+    transform,
+    unpacked,
+)
 
 # Relative, in the 2-norm. In bfloat16 inputs and weights are exact: what is lost is that of the transformed numbers.
 SQUARE, WIDE, LARGE = (2, 2), (2, 4), (4, 4)
@@ -130,6 +141,20 @@ def test_images_in_any_layout(kind):
     for other in (x.contiguous(), x.flip(3).flip(3), x.repeat(1, 2, 1, 1)[:, :33], shifted.permute(0, 3, 1, 2)):
         assert torch.equal(convolve(other, weight, bias), wanted)
     assert convolve(x[:0], weight, bias).shape == (0, 40, 9, 6)
+
+
+@pytest.mark.parametrize("kind", KINDS, indirect=True)
+@pytest.mark.parametrize("size", [(8, 8), (7, 5), (1, 1)])
+@pytest.mark.parametrize("biased", [False, True])
+def test_it_is_added_to_what_there_is(kind, size, biased):
+    sides, dtype = kind
+    x, g, bias = drawn(2, 34, 75, *size, dtype)
+    bias = bias if biased else None
+    weight, z = transform(g, sides, dtype), torch.randn(2, 75, *size).to(dtype)
+    wanted = F.conv2d(x.double(), g.double(), None if bias is None else bias.double(), padding=1) + z.double()
+    for found in (convolve(x, weight, bias, z), plain(x, weight, bias, z)):
+        assert found.dtype == dtype
+        assert off(found, wanted) < NEAR[kind]
 
 
 @pytest.mark.parametrize("kind", KINDS, indirect=True)

@@ -10,8 +10,9 @@ from reverie.kernels import dispatch
 from reverie.kernels.winograd import Transformed
 from reverie.networks.autoencoder import Autoencoder, AutoencoderConfig
 from reverie.networks.captioned import Captioned, CaptionedConfig
+from reverie.networks.layers import added
 from reverie.networks.mlp import MLP, MLPConfig
-from reverie.networks.packed import Packed, pack, packable, tile
+from reverie.networks.packed import Packed, pack, packable, packed, tile
 from reverie.networks.tiny_autoencoder import TinyAutoencoder, TinyAutoencoderConfig
 from reverie.networks.unet import UNet, UNetConfig
 from reverie.networks.vq_autoencoder import VQAutoencoder, VQConfig
@@ -216,7 +217,12 @@ def test_two_branches_that_share_their_beginning_say_what_they_said_apart(config
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["x", "time", "pooled"])
 def test_branches_that_differ_share_nothing(name):
-    network = unet(context_dim=12, addition_embed_type="text_time", addition_time_embed_dim=4, projection_class_embeddings_input_dim=5 + 2 * 4)
+    network = unet(
+        context_dim=12,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=4,
+        projection_class_embeddings_input_dim=5 + 2 * 4,
+    )
     asked = guided(network, 2) | {"pooled": torch.ones(4, 5), "sizes": torch.ones(4, 2)}
     asked[name] = asked[name].clone()
     asked[name][3] += 0.5
@@ -238,3 +244,15 @@ def test_an_odd_batch_and_one_without_a_context_share_nothing():
     asked, other = told(network, 3), copy.deepcopy(network)
     pack(other)
     assert off(other(**asked), network(**asked)) < 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bits8", [False, True])
+@pytest.mark.parametrize("layer", [nn.Linear(32, 34), nn.Conv2d(32, 34, 3, padding=1), nn.Conv2d(32, 34, 1)])
+def test_a_layer_adds_what_it_is_given(layer, bits8):
+    flat = isinstance(layer, nn.Linear)
+    other = packed(layer, torch.float32, bits8, False, False)
+    x, z = (torch.randn(2, *((7, c) if flat else (c, 7, 5))) for c in (32, 34))
+    assert off(other(x, z), z + layer(x)) < (0.02 if bits8 else 1e-5)
+    assert off(added(z, other, x), z + layer(x)) < (0.02 if bits8 else 1e-5)
+    assert torch.equal(added(z.double(), other, x), z.double() + other(x))

@@ -188,9 +188,10 @@ API int reverie_vector() { return W; }
 
 // Samples share blocks of tiles; where there are fewer blocks than threads, the outputs are shared out as well.
 template <int HIGH, int WIDE, class N, class T = typename N::Number>
-static int winograd(const int64_t* shape, const T* x, const float* u, const float* bias, T* y, int threads) {
+static int winograd(const int64_t* shape, const T* x, const float* u, const float* bias, const T* onto, T* y,
+                    int threads) {
     const Image n{shape[0], shape[1], shape[2], shape[3], shape[4]};
-    const Winograd<HIGH, WIDE, N> w(n, x, u, bias, y);
+    const Winograd<HIGH, WIDE, N> w(n, x, u, bias, onto, y);
     const long panels = (w.vectors() + PANEL - 1) / PANEL;
     long blocks = (w.tiles + TILES - 1) / TILES;
     if (blocks > threads) blocks = (blocks + threads - 1) / threads * threads;
@@ -216,8 +217,8 @@ static int winograd_weights(const float* g, int64_t out, int64_t in, float* u, i
 
 #define WINOGRAD(HIGH, WIDE, N, T, SUFFIX)                                                                            \
     API int reverie_winograd##HIGH##WIDE##SUFFIX(const int64_t* shape, const T* x, const float* u, const float* bias, \
-                                                 T* y, int threads) {                                                 \
-        return winograd<HIGH, WIDE, N>(shape, x, u, bias, y, threads);                                                \
+                                                 const T* onto, T* y, int threads) {                                  \
+        return winograd<HIGH, WIDE, N>(shape, x, u, bias, onto, y, threads);                                          \
     }                                                                                                                 \
     API int reverie_winograd##HIGH##WIDE##_weights##SUFFIX(const float* g, int64_t out, int64_t in, float* u,         \
                                                            int threads) {                                             \
@@ -234,8 +235,9 @@ WINOGRAD(4, 4, Half, uint16_t, _bfloat16)
 
 // shape: rows, inputs in words, outputs. Blocks of rows, and where there are fewer of them than threads, of outputs too.
 template <class N, class T = typename N::Number>
-static int linear(const int64_t* shape, const T* x, const float* w, const float* bias, T* y, int gated, int threads) {
-    const Linear<N> l{shape[0], shape[1], shape[2], x, w, bias, y, gated != 0};
+static int linear(const int64_t* shape, const T* x, const float* w, const float* bias, const T* onto, T* y, int gated,
+                  int threads) {
+    const Linear<N> l{shape[0], shape[1], shape[2], x, w, bias, onto, y, gated != 0};
     const long tiles = (l.rows + rows_of(PANEL) - 1) / rows_of(PANEL);
     long blocks = (l.rows + l.block() - 1) / l.block();
     if (tiles >= threads) blocks = (blocks + threads - 1) / threads * threads;
@@ -263,9 +265,9 @@ static int linear_weights(const int64_t* shape, const float* weight, float* u, i
                                            int threads) {                                                             \
         return linear_weights<N>(shape, weight, u, gated, threads);                                                   \
     }                                                                                                                 \
-    API int reverie_linear##SUFFIX(const int64_t* shape, const T* x, const float* w, const float* bias, T* y,         \
-                                   int gated, int threads) {                                                          \
-        return linear<N>(shape, x, w, bias, y, gated, threads);                                                       \
+    API int reverie_linear##SUFFIX(const int64_t* shape, const T* x, const float* w, const float* bias,               \
+                                   const T* onto, T* y, int gated, int threads) {                                     \
+        return linear<N>(shape, x, w, bias, onto, y, gated, threads);                                                 \
     }
 
 LINEAR(Single, float, )

@@ -3,7 +3,9 @@
 //
 //     y = h gelu(g),    h and g the two halves of the layer's outputs, side by side in each panel
 //
-// so that h and g are never written.
+// so that h and g are never written; or
+//
+//     y = z + x W^T + b                    for a z of y's shape.
 #pragma once
 #include "gate.h"
 #include "gemm.h"
@@ -16,6 +18,7 @@ template <class N> struct Linear {
     const T* x;
     const float* w;     // the weights
     const float* bias;  // one for each column of the panels, in whole vectors
+    const T* onto;      // z, or null; not with gated units
     T* y;
     bool gated;
 
@@ -39,8 +42,12 @@ template <class N> struct Linear {
         for (int i = 0; i < MR; i++) {
             T* to = y + (row + i) * out + first;
             if (!gated) {
+                const T* with = onto ? onto + (row + i) * out + first : nullptr;
 #pragma GCC unroll 16
-                for (int n = 0; n < NV; n++) store_n(to + n * W, acc[i][n], out - first - n * W);
+                for (int n = 0; n < NV; n++) {
+                    const long left = out - first - n * W;
+                    store_n(to + n * W, with ? acc[i][n] + load_n(with + n * W, left) : acc[i][n], left);
+                }
             } else {
 #pragma GCC unroll 16
                 for (int n = 0; n < NV / 2; n++)
