@@ -2,7 +2,7 @@ r"""Error against the exact probability-flow ODE, by number of evaluations: ours
 
     python benchmarks/solvers.py --peers FOLDER --json solvers.json
 
-solves the ODE of mixtures of Gaussians in 2, 64 and 3072 dimensions, under the linear table of 1000 betas, from 1024
+solves the ODE of mixtures of Gaussians in 2, 64 and 3072 dimensions, under the linear table of 1000 betas, from 8192
 starts of each of eight mixtures, in float64, with an exact denoiser. Many dimensions are folded: estimates are sums of
 the means and of x, so that a dozen coordinates hold all that a solver does, to rounding (RoundMixture.folded). The
 truth is Dormand and Prince's rule at a tolerance of 1e-9 from t = 1 to the table's first timestep, and the denoiser's
@@ -47,14 +47,16 @@ from reverie.diffusion.runge_kutta_pair import integrate
 from reverie.diffusion.samplers.learned import Recipe, as_recipe
 from reverie.diffusion.samplers.unipc import UniPC
 from reverie.diffusion.schedules import Schedule, Table
-from reverie.diffusion.starts import solved, stages
+from reverie.diffusion.starts import solved, stages, two_ends
 from reverie.diffusion.trajectories import Trajectories, trajectories
-from reverie.diffusion.tuning import judged, published, tune
+from reverie.diffusion.tuning import loss, published, tune
 
 PACKAGES = ("reverie", "torch", "numpy", "diffusers", "k-diffusion")
 NFES = (4, 5, 6, 8, 10, 15, 20, 30, 50)
 TUNED_ON, UNSEEN = (0, 1, 2, 3), (100, 101, 102, 103)  # seeds of the mixtures
-TRAINING, STAGES = 192, 4  # evenly drawn starts of each mixture in a stage, and as many at borders; stages
+TRAINING, STAGES = 512, 4  # evenly drawn starts of each mixture in a stage, and as many at borders; stages
+BORDERS = (10.0, 30.0, 100.0)  # for how much those at borders count: a solver is made by each
+CHOOSING = 8192  # other starts of each mixture, drawn evenly, by which one of them is chosen
 EXACT, MANY = 300, 1000  # steps of their exact solution; of the truth where a schedule begins with noise alone
 DRAWS = 100  # of the starts, for an interval
 
@@ -145,28 +147,43 @@ def general_recipe(schedule: Schedule, evaluations: int, dimension: int) -> Reci
 
 @dataclasses.dataclass(frozen=True)
 class Lessons:
-    """What a solver is tuned from: trajectories to walk along, stages to polish it on, sets to choose by."""
+    """What a solver is tuned from: trajectories to walk along, stages to polish it on, and what to choose by."""
 
     walked: Trajectories
     stages: list[list[Trajectories]]
-    judging: list[Trajectories]
+    choosing: Trajectories
 
     @staticmethod
     def of(dimension: int, schedule: str) -> "Lessons":
         """Return those of the mixtures that are tuned on."""
-        walked, fitting = Starts(dimension, TUNED_ON, TRAINING // 2, "walking", schedule=schedule).to_fit(), []
-        for purpose, count in (("tuning", STAGES), ("choosing", 1)):
-            drawn = dimension, TUNED_ON, TRAINING * count, schedules[schedule](), purpose
-            starts = *random_stack(*drawn), random_circles(*drawn)
-            fitting.append(stages(*starts, len(TUNED_ON), dimension, [TRAINING] * count, EXACT))
-        return Lessons(walked, fitting[0], fitting[1][0])
+        walked = Starts(dimension, TUNED_ON, TRAINING // 2, "walking", schedule=schedule).to_fit()
+        drawn = dimension, TUNED_ON, TRAINING * STAGES, schedules[schedule](), "tuning"
+        starts = *random_stack(*drawn), random_circles(*drawn)
+        fitting = stages(*starts, len(TUNED_ON), dimension, [TRAINING] * STAGES, EXACT)
+        others = random_stack(dimension, TUNED_ON, CHOOSING, schedules[schedule](), "choosing")
+        return Lessons(walked, fitting, two_ends(*others, steps=EXACT, numbers=dimension))
+
+    def with_borders(self, part: float) -> list[list[Trajectories]]:
+        """Return the stages, those at borders counting for so much."""
+        return [[even, dataclasses.replace(border, part=part)] for even, border in self.stages]
 
 
 def tuned_recipe(lessons: Lessons, evaluations: int, options: argparse.Namespace) -> Recipe:
-    """Return the recipe that is found on some sets and chosen, among it and what there was before, on others."""
-    more = [general_recipe(lessons.walked.denoiser.schedule, evaluations, lessons.walked.numbers)]
-    found, _ = tune([lessons.walked], evaluations, options.walks, options.rounds, more=more, stages=lessons.stages)
-    return judged(lessons.judging, [found, *more, *published(lessons.judging, evaluations)])[0][0]
+    """Return the best of some recipes that are found, by the typical and the root mean square error of other starts."""
+    ready = general_recipe(lessons.walked.denoiser.schedule, evaluations, lessons.walked.numbers)
+    found = [
+        tune(
+            [lessons.walked],
+            evaluations,
+            options.walks,
+            options.rounds,
+            more=[ready],
+            stages=lessons.with_borders(part),
+        )[0]
+        for part in BORDERS
+    ]
+    others = lessons.choosing
+    return min([ready, *found], key=lambda recipe: loss([others], [follow(others, recipe).x[-1]]))
 
 
 def peer_errors(starts: Starts, evaluations: int, folder: Path | None) -> dict[str, Tensor]:
@@ -271,7 +288,7 @@ def main() -> None:
     parser.add_argument("--schedule", default="linear", help="by name")
     parser.add_argument("--walks", type=int, default=10, help="candidate grids that tune may try")
     parser.add_argument("--rounds", type=int, default=12, help="rounds of polishing")
-    parser.add_argument("--starts", type=int, default=1024, help="starts of each mixture")
+    parser.add_argument("--starts", type=int, default=8192, help="starts of each mixture")
     parser.add_argument("--most", type=int, default=20, help="evaluations up to which a solver is tuned")
     parser.add_argument("--peers", type=Path, help="a folder where the truth and the peers' errors are kept, and read")
     parser.add_argument("--json", type=Path)
