@@ -152,26 +152,23 @@ def convolve(
     x: Float[Tensor, "b i h w"],
     weight: Transformed,
     bias: Float[Tensor, " o"] | None,
-    onto: Float[Tensor, "b o h w"] | None = None,
 ) -> Float[Tensor, "b o h w"]:
-    """Return the convolution of images: (1); or the sum of it and others, rounded once.
+    """Return the convolution of images: (1).
 
     Arguments:
         x: Images (B, I, H, W) of the weight's dtype, of any size and in any layout; those in channels-last are read as
             they are.
         weight: The weight.
         bias: One for each output, in float32.
-        onto: Images (B, O, H, W) that it is added to, of x's dtype.
     """
-    if needs_gradient(x, onto) or not fast(x, onto) or x.dtype != weight.numbers.dtype:
-        return plain(x, weight, bias, onto)
+    if needs_gradient(x) or not fast(x) or x.dtype != weight.numbers.dtype:
+        return plain(x, weight, bias)
     x = x.contiguous(memory_format=torch.channels_last)
-    onto = None if onto is None else onto.contiguous(memory_format=torch.channels_last)
     samples, inner, height, width = x.shape
     y = torch.empty(samples, weight.outer, height, width, dtype=x.dtype, memory_format=torch.channels_last)
     if y.numel():
         shape = integers(samples, height, width, inner, weight.outer)
-        call(named(weight.tile, x.dtype), shape, *map(pointer, (x, weight.numbers, bias, onto, y)))
+        call(named(weight.tile, x.dtype), shape, *map(pointer, (x, weight.numbers, bias, y)))
     return y
 
 
@@ -179,7 +176,6 @@ def plain(
     x: Float[Tensor, "b i h w"],
     weight: Transformed,
     bias: Float[Tensor, " o"] | None,
-    onto: Float[Tensor, "b o h w"] | None = None,
 ) -> Float[Tensor, "b o h w"]:
     """The twin: (1) by PyTorch, for what the library can't be given."""
     (m, n), (height, width) = weight.tile, x.shape[2:]
@@ -190,8 +186,7 @@ def plain(
     seen = torch.einsum("pr,bihwrs,qs->pqbhwi", before, tiles, before2).to(weight.numbers.dtype).float()
     products = torch.einsum("pqbhwi,pqio->pqbohw", seen, unpacked(weight).float())
     y = torch.einsum("rp,pqbohw,sq->bohrws", after, products, after2).flatten(4).flatten(2, 3)[:, :, :height, :width]
-    y = y if bias is None else y + bias[:, None, None]
-    return (y if onto is None else y + onto).to(x.dtype)
+    return (y if bias is None else y + bias[:, None, None]).to(x.dtype)
 
 
 def unpacked(weight: Transformed) -> Float[Tensor, "n k i o"]:

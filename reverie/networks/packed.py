@@ -9,7 +9,7 @@ What changes, and what each change does to the numbers:
   bfloat16 a layer's rounding is three times a plain one's, and weights take 2.7 times as much, in float32 up to 4.
 - **Linear layers** go by panels of the library's where it serves them (`reverie.kernels.panels`), and a transformer's
   gated units are done with the product: what is between them is never rounded nor written.
-- **Sums** of a state and what a layer adds to it are taken where the layer is, and rounded once.
+- **Sums** of a state and what a layer in panels adds to it are taken in the layer's walk, and rounded once.
 - **Norms** keep their weights in float32, and take their sums in it.
 - **Biases** of a residual block's convolutions, on a GPU, join one that is added anyway: each is a walk over memory.
 - **Self-attention** reads its tokens once, for queries, keys and values together.
@@ -64,7 +64,7 @@ class Packing(NamedTuple):
 class Packed(nn.Module):
     """A layer whose weight is held in panels, in blocks, transformed, in eight bits, or plainly.
 
-    Called with a further tensor, of what it returns, it adds that: in one walk and with one rounding where it can.
+    One that has `adds_to` adds to a second tensor, of that dtype and of what it returns, in the same walk.
 
     Arguments:
         weight: The layer's own.
@@ -73,13 +73,13 @@ class Packed(nn.Module):
         out: What it returns.
 
     Attributes:
-        adds_to: The dtype of what it can be given to add.
+        adds_to: The dtype of what it can be given to add to; None of one that is given nothing.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, out: torch.dtype) -> None:
         super().__init__()
         self.dtype, self.out, self.numbers = dtype, out, weight.numel()
-        self.adds_to = dtype if out == dtype else None
+        self.adds_to: torch.dtype | None = None
         # No parameters: what is in blocks can neither be trained nor moved.
         self.bias = None if bias is None else bias.detach().to(dtype)
         self.held: Tensor | Eight | Panels | Transformed = weight.detach().to(dtype)
@@ -139,7 +139,7 @@ class PackedLinear(Packed):
         super().__init__(weight, bias, dtype, dtype)
         self.gated = gated
         if not bits8 and by_panels(weight, dtype):
-            self.held = panels(weight, bias, dtype, gated)
+            self.held, self.adds_to = panels(weight, bias, dtype, gated), None if gated else dtype
         else:
             self.hold(bits8, weight)
 
@@ -152,8 +152,7 @@ class PackedLinear(Packed):
         if isinstance(self.held, Panels):
             return product(x, self.held, onto)
         y = multiply(x, self.full, self.bias)
-        y = gated_units(y) if self.gated else y
-        return y if onto is None else onto + y
+        return gated_units(y) if self.gated else y
 
 
 class PackedConv2d(Packed):
@@ -185,6 +184,7 @@ class PackedConv2d(Packed):
         weight = conv.weight.flatten(1) if self.pixelwise else conv.weight.to(memory_format=torch.channels_last)
         if self.pixelwise and not bits8 and by_panels(weight, dtype):
             self.held = panels(weight, conv.bias, dtype)
+            self.adds_to = dtype if self.out == dtype else None
             return
         self.held = weight.detach().to(dtype)
         self.hold(bits8, weight)
@@ -198,18 +198,13 @@ class PackedConv2d(Packed):
     ) -> Float[Tensor, "b o h2 w2"]:
         x = x.to(self.dtype).contiguous(memory_format=torch.channels_last)
         if isinstance(self.held, Transformed):
-            return winograd.convolve(x, self.held, self.bias, onto).to(self.out)
+            return winograd.convolve(x, self.held, self.bias).to(self.out)
         if self.pixelwise and isinstance(self.held, Panels):
             rows = None if onto is None else onto.permute(0, 2, 3, 1)
             return product(x.permute(0, 2, 3, 1), self.held, rows).permute(0, 3, 1, 2).to(self.out)
-        y = self.plain(x).to(self.out)
-        return y if onto is None else onto + y
-
-    def plain(self, x: Float[Tensor, "b i h w"]) -> Float[Tensor, "b o h2 w2"]:
-        """Return it by PyTorch's convolution, or its product."""
         if self.pixelwise:
-            return multiply(x.permute(0, 2, 3, 1), self.full, self.bias).permute(0, 3, 1, 2)
-        return convolve(x, self.full, self.bias, self.stride, self.padding)  # type: ignore[arg-type]
+            return multiply(x.permute(0, 2, 3, 1), self.full, self.bias).permute(0, 3, 1, 2).to(self.out)
+        return convolve(x, self.full, self.bias, self.stride, self.padding).to(self.out)  # type: ignore[arg-type]
 
 
 def by_panels(weight: Float[Tensor, "o i"], dtype: torch.dtype) -> bool:

@@ -144,20 +144,6 @@ def test_images_in_any_layout(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS, indirect=True)
-@pytest.mark.parametrize("size", [(8, 8), (7, 5), (1, 1)])
-@pytest.mark.parametrize("biased", [False, True])
-def test_it_is_added_to_what_there_is(kind, size, biased):
-    sides, dtype = kind
-    x, g, bias = drawn(2, 34, 75, *size, dtype)
-    bias = bias if biased else None
-    weight, z = transform(g, sides, dtype), torch.randn(2, 75, *size).to(dtype)
-    wanted = F.conv2d(x.double(), g.double(), None if bias is None else bias.double(), padding=1) + z.double()
-    for found in (convolve(x, weight, bias, z), plain(x, weight, bias, z)):
-        assert found.dtype == dtype
-        assert off(found, wanted) < NEAR[kind]
-
-
-@pytest.mark.parametrize("kind", KINDS, indirect=True)
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_what_is_not_finite_stays_in_the_tiles_that_see_it(kind, bad):
     sides, dtype = kind

@@ -188,10 +188,9 @@ API int reverie_vector() { return W; }
 
 // Samples share blocks of tiles; where there are fewer blocks than threads, the outputs are shared out as well.
 template <int HIGH, int WIDE, class N, class T = typename N::Number>
-static int winograd(const int64_t* shape, const T* x, const float* u, const float* bias, const T* onto, T* y,
-                    int threads) {
+static int winograd(const int64_t* shape, const T* x, const float* u, const float* bias, T* y, int threads) {
     const Image n{shape[0], shape[1], shape[2], shape[3], shape[4]};
-    const Winograd<HIGH, WIDE, N> w(n, x, u, bias, onto, y);
+    const Winograd<HIGH, WIDE, N> w(n, x, u, bias, y);
     const long panels = (w.vectors() + PANEL - 1) / PANEL;
     long blocks = (w.tiles + TILES - 1) / TILES;
     if (blocks > threads) blocks = (blocks + threads - 1) / threads * threads;
@@ -217,8 +216,8 @@ static int winograd_weights(const float* g, int64_t out, int64_t in, float* u, i
 
 #define WINOGRAD(HIGH, WIDE, N, T, SUFFIX)                                                                            \
     API int reverie_winograd##HIGH##WIDE##SUFFIX(const int64_t* shape, const T* x, const float* u, const float* bias, \
-                                                 const T* onto, T* y, int threads) {                                  \
-        return winograd<HIGH, WIDE, N>(shape, x, u, bias, onto, y, threads);                                          \
+                                                 T* y, int threads) {                                                 \
+        return winograd<HIGH, WIDE, N>(shape, x, u, bias, y, threads);                                                \
     }                                                                                                                 \
     API int reverie_winograd##HIGH##WIDE##_weights##SUFFIX(const float* g, int64_t out, int64_t in, float* u,         \
                                                            int threads) {                                             \

@@ -75,12 +75,11 @@ template <int HIGH, int WIDE, class N> struct Winograd {
     const T* x;         // (samples, height, width, in)
     const float* u;     // the weights, in words: for each panel of outputs (POSITIONS, in, COLUMNS)
     const float* bias;  // (out), or null
-    const T* onto;      // of y's shape, added to it, or null
     T* y;               // (samples, height, width, out)
     long across, each, tiles, rows;  // tiles in a row, in a sample, in all; words of a row of `in`
 
-    Winograd(const Image& n, const T* x, const float* u, const float* bias, const T* onto, T* y)
-        : n(n), x(x), u(u), bias(bias), onto(onto), y(y), across((n.width + WIDE - 1) / WIDE),
+    Winograd(const Image& n, const T* x, const float* u, const float* bias, T* y)
+        : n(n), x(x), u(u), bias(bias), y(y), across((n.width + WIDE - 1) / WIDE),
           each(across * ((n.height + HIGH - 1) / HIGH)), tiles(n.samples * each), rows(words<N>(n.in)) {}
 
     long vectors() const { return (n.out + W - 1) / W; }
@@ -124,12 +123,12 @@ template <int HIGH, int WIDE, class N> struct Winograd {
         }
     }
 
-    // A^T m A of a tile, with the bias and what it is added to, to the pixels that there are.
+    // A^T m A of a tile, with the bias, to the pixels that there are.
     void after(long tile, const float* m, long first, int count) const {
         const long b = tile / each, top = tile % each / across * HIGH, left = tile % across * WIDE;
         const long high = n.height - top < HIGH ? n.height - top : HIGH;
         const long wide = n.width - left < WIDE ? n.width - left : WIDE;
-        const long corner = ((b * n.height + top) * n.width + left) * n.out + first;
+        T* to = y + ((b * n.height + top) * n.width + left) * n.out + first;
         for (long c = 0; c < count; c += W) {
             V sums[POSITIONS], half[HIGH * COLS], out[HIGH * WIDE];
 #pragma GCC unroll 36
@@ -140,11 +139,8 @@ template <int HIGH, int WIDE, class N> struct Winograd {
 #pragma GCC unroll 4
             for (int i = 0; i < HIGH; i++) Side<WIDE>::after(half + i * COLS, 1, out + i * WIDE, 1);
             for (long i = 0; i < high; i++)
-                for (long j = 0; j < wide; j++) {
-                    const long to = corner + (i * n.width + j) * n.out + c;
-                    const V sum = out[i * WIDE + j] + more;
-                    store_n(y + to, onto ? sum + load_n(onto + to, count - c) : sum, count - c);
-                }
+                for (long j = 0; j < wide; j++)
+                    store_n(to + (i * n.width + j) * n.out + c, out[i * WIDE + j] + more, count - c);
         }
     }
 
