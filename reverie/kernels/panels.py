@@ -102,8 +102,8 @@ def product(
 
     Arguments:
         x: Rows (..., I), of the layer's dtype.
-        layer: The layer; one that is not gated, with z.
-        onto: z, of that dtype.
+        layer: The layer; with z, one that is not gated.
+        onto: z, of what is returned.
 
     Example:
         >>> x, weight = torch.ones(1, 2), torch.ones(3, 2)
@@ -111,10 +111,11 @@ def product(
         [[2.0, 2.0, 2.0]]
     """
     dtype = layer.numbers.dtype
+    assert onto is None or not layer.gated
     if needs_gradient(x, onto) or not fast(x, onto) or x.dtype != dtype:
         return plain(x, layer, onto)
-    x, onto = x.contiguous(), None if onto is None else onto.contiguous()
-    y = torch.empty(*x.shape[:-1], layer.outer, dtype=dtype)
+    x, y = x.contiguous(), torch.empty(*x.shape[:-1], layer.outer, dtype=dtype)
+    onto = None if onto is None else onto.to(dtype).expand_as(y).contiguous()
     if y.numel():
         shape = integers(y.numel() // layer.outer, layer.inner // words(dtype), layer.outer)
         arrays = map(pointer, (x, layer.numbers, layer.bias, onto, y))

@@ -149,9 +149,7 @@ def padded(inner: int, dtype: torch.dtype) -> int:
 
 
 def convolve(
-    x: Float[Tensor, "b i h w"],
-    weight: Transformed,
-    bias: Float[Tensor, " o"] | None,
+    x: Float[Tensor, "b i h w"], weight: Transformed, bias: Float[Tensor, " o"] | None
 ) -> Float[Tensor, "b o h w"]:
     """Return the convolution of images: (1).
 
@@ -173,9 +171,7 @@ def convolve(
 
 
 def plain(
-    x: Float[Tensor, "b i h w"],
-    weight: Transformed,
-    bias: Float[Tensor, " o"] | None,
+    x: Float[Tensor, "b i h w"], weight: Transformed, bias: Float[Tensor, " o"] | None
 ) -> Float[Tensor, "b o h w"]:
     """The twin: (1) by PyTorch, for what the library can't be given."""
     (m, n), (height, width) = weight.tile, x.shape[2:]

@@ -344,11 +344,10 @@ class ResidualBlock(nn.Module):
         if like is not None:
             x, h = crop(x, like), crop(h, like)
         h = self.conv1(h)
-        h = self.dropout(self.timed(h, emb))
+        h = self.conv2(self.dropout(self.timed(h, emb)))
         if self.conv_shortcut is not None:
             x = self.conv_shortcut(x)
-        y = added(x, self.conv2, h)
-        return y if self.scale_out == 1 else y / self.scale_out
+        return x + h if self.scale_out == 1 else (x + h) / self.scale_out
 
     def timed(self, h: Image, emb: Float[Tensor, "b t"] | None) -> Image:
         """Return the second norm of h, activated, with what the time says where the block has one."""

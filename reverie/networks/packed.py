@@ -6,7 +6,7 @@ What changes, and what each change does to the numbers:
   product reads them: a cast's rounding, and nothing beside it. The first and the last convolution, and what is made of
   the time and the label, stay in float32: they are a thousandth of the work.
 - **Convolutions of 3x3** go with fewer multiplications where the library has them (`reverie.kernels.winograd`): in
-  bfloat16 a layer's rounding is three times a plain one's, and weights take 2.7 times as much, in float32 up to 4.
+  bfloat16 a layer's rounding is 4 to 7 times a plain one's; weights take 2.7 to 4 times as much.
 - **Linear layers** go by panels of the library's where it serves them (`reverie.kernels.panels`), and a transformer's
   gated units are done with the product: what is between them is never rounded nor written.
 - **Sums** of a state and what a layer in panels adds to it are taken in the layer's walk, and rounded once.
@@ -148,6 +148,7 @@ class PackedLinear(Packed):
         return blocks(self.held)
 
     def forward(self, x: Float[Tensor, "... i"], onto: Float[Tensor, "... o"] | None = None) -> Float[Tensor, "... o"]:
+        assert onto is None or self.adds_to
         x = x.to(self.dtype)
         if isinstance(self.held, Panels):
             return product(x, self.held, onto)
@@ -196,6 +197,7 @@ class PackedConv2d(Packed):
     def forward(
         self, x: Float[Tensor, "b i h w"], onto: Float[Tensor, "b o h2 w2"] | None = None
     ) -> Float[Tensor, "b o h2 w2"]:
+        assert onto is None or self.adds_to
         x = x.to(self.dtype).contiguous(memory_format=torch.channels_last)
         if isinstance(self.held, Transformed):
             return winograd.convolve(x, self.held, self.bias).to(self.out)

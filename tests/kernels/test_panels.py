@@ -139,6 +139,10 @@ def test_a_layer_is_added_to_what_there_is_and_rounded_once(dtype, rows, inner, 
         assert found.dtype == dtype
         assert off(found, wanted) < NEAR[dtype]
     assert torch.equal(product(x[-1:], layer, z[-1:]), product(x, layer, z)[-1:])
+    assert torch.equal(product(x, layer, z[:1]), product(x, layer, z[:1].expand_as(z)))  # never read beyond its end
+    assert off(product(x, layer, z.double()), wanted) < NEAR[dtype]
+    with pytest.raises(RuntimeError, match="expand"):
+        product(x, layer, torch.zeros(rows + 1, outer, dtype=dtype))
 
 
 def test_the_gradient_of_what_is_added_to_is_the_twins(level):
