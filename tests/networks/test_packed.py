@@ -14,7 +14,7 @@ from reverie.networks.layers import added
 from reverie.networks.mlp import MLP, MLPConfig
 from reverie.networks.packed import Packed, pack, packable, packed, tile
 from reverie.networks.tiny_autoencoder import TinyAutoencoder, TinyAutoencoderConfig
-from reverie.networks.unet import UNet, UNetConfig
+from reverie.networks.unet import Deep, UNet, UNetConfig, keeping_deep
 from reverie.networks.vq_autoencoder import VQAutoencoder, VQConfig
 
 NEAR = {torch.float32: 1e-5, torch.bfloat16: 0.02}
@@ -256,3 +256,18 @@ def test_a_layer_adds_what_it_is_given(layer, bits8):
     assert other.adds_to in (None, torch.float32)
     assert off(added(z, other, x), z + layer(x)) < (0.02 if bits8 else 1e-5)
     assert torch.equal(added(z.double(), other, x), z.double() + other(x))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("attention", [(False, True), (True, True)])
+def test_branches_share_their_beginning_while_deep_features_are_kept(attention):
+    network, said = unet(context_dim=12, attention=attention), {}
+    asked = guided(network, 2)
+    pack(network)
+    for shares in (True, False):
+        network.shares, deep = shares, Deep()
+        with keeping_deep(deep):
+            said[shares] = [network(**asked), network(**asked | {"x": 2 * asked["x"]})]
+        assert deep.of(asked["x"])
+    for together, apart in zip(said[True], said[False], strict=True):
+        assert off(together, apart) < 1e-6
