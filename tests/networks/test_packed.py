@@ -189,6 +189,13 @@ def guided(network: UNet, rows: int) -> dict[str, torch.Tensor]:
     return asked | {name: asked[name][:rows].repeat(2, *[1] * (asked[name].ndim - 1)) for name in ("x", "time")}
 
 
+def batches(network: UNet) -> list[int]:
+    """Return a list to which the size of the batch that the first block is given is added at each call."""
+    seen: list[int] = []
+    network.down_blocks[0].resnets[0].register_forward_pre_hook(lambda _, given: seen.append(len(given[0])))
+    return seen
+
+
 SHARED = [
     {"context_dim": 12},
     {"context_dim": 12, "attention": (True, True), "positions": True},
@@ -202,10 +209,10 @@ SHARED = [
 @pytest.mark.parametrize("dtype", list(NEAR))
 def test_two_branches_that_share_their_beginning_say_what_they_said_apart(config, dtype):
     network = unet(**config)
-    asked, seen = guided(network, 3), []
+    asked = guided(network, 3)
     pack(network, dtype)
     assert network.shares
-    network.down_blocks[0].resnets[0].register_forward_pre_hook(lambda _, given: seen.append(len(given[0])))
+    seen = batches(network)
     y = network(**asked)
     network.shares = False
     apart = network(**asked)
@@ -226,24 +233,22 @@ def test_branches_that_differ_share_nothing(name):
     asked = guided(network, 2) | {"pooled": torch.ones(4, 5), "sizes": torch.ones(4, 2)}
     asked[name] = asked[name].clone()
     asked[name][3] += 0.5
-    other, seen = copy.deepcopy(network), []
+    other = copy.deepcopy(network)
     pack(other)
-    other.down_blocks[0].resnets[0].register_forward_pre_hook(lambda _, given: seen.append(len(given[0])))
+    seen = batches(other)
     assert off(other(**asked), network(**asked)) < 1e-5
     assert seen == [4]
 
 
 @torch.no_grad()
 def test_an_odd_batch_and_one_without_a_context_share_nothing():
-    network = unet()
-    asked, other = told(network, 2), copy.deepcopy(network)
-    asked = {name: value[:1].expand(2, *value.shape[1:]) for name, value in asked.items()}
-    pack(other)
-    assert off(other(**asked), network(**asked)) < 1e-5
-    network = unet(context_dim=12)
-    asked, other = told(network, 3), copy.deepcopy(network)
-    pack(other)
-    assert off(other(**asked), network(**asked)) < 1e-5
+    for network, rows in ((unet(), 2), (unet(context_dim=12), 3)):
+        asked, other = told(network, rows), copy.deepcopy(network)
+        asked = {name: value[:1].expand(rows, *value.shape[1:]) for name, value in asked.items()}
+        pack(other)
+        seen = batches(other)
+        assert off(other(**asked), network(**asked)) < 1e-5
+        assert seen == [rows]
 
 
 @torch.no_grad()
