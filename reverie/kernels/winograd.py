@@ -11,11 +11,19 @@ and infinity,
 
 at 0, 1, -1 for m = 2, and at 0, 2/3, -2/3, 3/2, -3/2 for m = 4, which lose less than the usual 0, 1, -1, 2, -2.
 
-What it costs. The weights take (m + 2)(n + 2) / 9 times as much: 1.8 for 2 x 2, 2.7 for 2 x 4, 4 for 4 x 4. The
-transformed numbers are rounded to bfloat16 where that is the dtype: by 2 x 2 a result is off by 4.2e-3 where a plain
-convolution is by 1.7e-3 (relative, of weights and images that are exact), by 2 x 4 by 6.7e-3, by 4 x 4 by 1.1e-2. In
-float32 the error is some 3e-7 (2 x 2) and 1.5e-6 (4 x 4). A NaN or an infinity makes NaN of the tiles that see it, not
-only of the pixels that do.
+An image of which each pixel is repeated 2 x 2 before it is convolved need not be made: along a side
+
+    y_2j = s d_j + g_0 (d_{j-1} - d_j),    y_{2j+1} = s d_j + g_2 (d_{j+1} - d_j),    s = g_0 + g_1 + g_2,   (3)
+
+take 3 multiplications for 2 pixels. That is (1) with a tile of one pixel, of which four come: 9 multiplications where
+they take 36. Where the repeated image is cut to an odd size its last pixel is y_2j, which sees a zero in the place of
+the second d_j: it has g_2 (0 - d_j) besides.
+
+What it costs. The weights take (m + 2)(n + 2) / 9 times as much: 1.8 for 2 x 2, 2.7 for 2 x 4, 4 for 4 x 4, 1 for (3).
+The transformed numbers are rounded to bfloat16 where that is the dtype: by 2 x 2 a result is off by 4.2e-3 where a
+plain convolution is by 1.7e-3 (relative, of weights and images that are exact), by 2 x 4 by 6.7e-3, by 4 x 4 by 1.1e-2,
+by (3) by 2.9e-3. In float32 the error is some 3e-7 (2 x 2), 1.5e-6 (4 x 4) and 1.6e-7 (3). A NaN or an infinity makes
+NaN of the tiles that see it, not only of the pixels that do.
 
 In bfloat16 4 x 4 is for the middle of a network. What the first and the last layers round shows in the result, and they
 are those of few channels: with 4 x 4 throughout a step of Stable Diffusion is off by 1.83e-2, where 2 x 4 makes 1.34e-2
@@ -44,6 +52,7 @@ from reverie.kernels.dispatch import SUFFIX, call, fast, has, integers, needs_gr
 
 Tile = tuple[int, int]  # its height and width in pixels
 
+DOUBLED: Tile = (1, 1)  # of an image whose pixels are repeated
 POINTS = {2: (0, 1, -1), 4: (0, Fraction(2, 3), Fraction(-2, 3), Fraction(3, 2), Fraction(-3, 2))}
 FEWEST = 32  # inputs and outputs: with fewer, the transforms take what is saved
 LEAST = 3 * 2**17  # inputs times outputs, with tiles of 4 x 4 in bfloat16
@@ -67,12 +76,16 @@ class Transformed(NamedTuple):
 
 @cache
 def matrices(m: int) -> tuple[Float[Tensor, "m n"], Float[Tensor, "n r"], Float[Tensor, "n n"]]:
-    """Return A^T, G and B^T in float64: (2).
+    """Return A^T, G and B^T in float64: (2); for m = 1 those of (3).
 
     Example:
         >>> matrices(2)[2].tolist()[0]
         [1.0, 0.0, -1.0, 0.0]
     """
+    if (m, m) == DOUBLED:
+        tables = [[1, 1, 0], [0, 1, 1]], [[1, 0, 0], [1, 1, 1], [0, 0, 1]], [[1, -1, 0], [0, 1, 0], [0, -1, 1]]
+        made = [torch.tensor(table, dtype=torch.float64) for table in tables]
+        return made[0], made[1], made[2]
     points = [Fraction(point) for point in POINTS[m]]
     others = [[q for q in points if q != p] for p in points]
     scales = [prod([p - q for q in rest], start=Fraction(1)) for p, rest in zip(points, others, strict=True)]
@@ -99,13 +112,14 @@ def polynomial(roots: list[Fraction]) -> list[Fraction]:
     return found
 
 
-def tile(inner: int, outer: int, dtype: torch.dtype, trained: bool = False) -> Tile | None:
+def tile(inner: int, outer: int, dtype: torch.dtype, trained: bool = False, doubled: bool = False) -> Tile | None:
     """Return the tile that serves a convolution best here, or None where a plain one does.
 
     Arguments:
         inner, outer: The numbers of inputs and outputs.
         dtype: That of images and weights.
         trained: Whether the weight changes, and is transformed at each step.
+        doubled: Whether the images' pixels are repeated.
 
     Example:
         >>> tile(3, 64, torch.float32)
@@ -113,7 +127,9 @@ def tile(inner: int, outer: int, dtype: torch.dtype, trained: bool = False) -> T
     if min(inner, outer) < FEWEST or dtype not in SUFFIX:
         return None
     large, found = inner * outer <= MOST, (2, 2)
-    if dtype == torch.bfloat16 and not trained:
+    if doubled:
+        found = DOUBLED
+    elif dtype == torch.bfloat16 and not trained:
         found = (4, 4) if large and inner * outer >= LEAST else (2, 4)
     elif dtype == torch.float32 and large:
         found = (4, 4)
@@ -149,8 +165,11 @@ def padded(inner: int, dtype: torch.dtype) -> int:
 
 
 def convolve(
-    x: Float[Tensor, "b i h w"], weight: Transformed, bias: Float[Tensor, " o"] | None
-) -> Float[Tensor, "b o h w"]:
+    x: Float[Tensor, "b i h w"],
+    weight: Transformed,
+    bias: Float[Tensor, " o"] | None,
+    size: tuple[int, int] | None = None,
+) -> Float[Tensor, "b o h2 w2"]:
     """Return the convolution of images: (1).
 
     Arguments:
@@ -158,31 +177,60 @@ def convolve(
             they are.
         weight: The weight.
         bias: One for each output, in float32.
+        size: The height and width of the result with a tile that is `DOUBLED`: 2 H or 2 H - 1, and 2 W or 2 W - 1, to
+            which the repeated pixels are cut first; the former where None.
     """
+    size = fitting(x, weight.tile, size)
     if needs_gradient(x) or not fast(x) or x.dtype != weight.numbers.dtype:
-        return plain(x, weight, bias)
+        return plain(x, weight, bias, size)
     x = x.contiguous(memory_format=torch.channels_last)
     samples, inner, height, width = x.shape
-    y = torch.empty(samples, weight.outer, height, width, dtype=x.dtype, memory_format=torch.channels_last)
+    y = torch.empty(samples, weight.outer, *size, dtype=x.dtype, memory_format=torch.channels_last)
     if y.numel():
-        shape = integers(samples, height, width, inner, weight.outer)
+        shape = integers(samples, height, width, inner, weight.outer, *size)
         call(named(weight.tile, x.dtype), shape, *map(pointer, (x, weight.numbers, bias, y)))
     return y
 
 
+def fitting(x: Float[Tensor, "b i h w"], tile: Tile, size: tuple[int, int] | None) -> tuple[int, int]:
+    """Return the height and width of a result, as asked or the whole of it."""
+    height, width = x.shape[2:]
+    if tile != DOUBLED:
+        assert size in (None, (height, width))
+        return height, width
+    high, wide = size or (2 * height, 2 * width)
+    assert high in (2 * height, 2 * height - 1), (high, height)
+    assert wide in (2 * width, 2 * width - 1), (wide, width)
+    return high, wide
+
+
 def plain(
-    x: Float[Tensor, "b i h w"], weight: Transformed, bias: Float[Tensor, " o"] | None
-) -> Float[Tensor, "b o h w"]:
+    x: Float[Tensor, "b i h w"],
+    weight: Transformed,
+    bias: Float[Tensor, " o"] | None,
+    size: tuple[int, int] | None = None,
+) -> Float[Tensor, "b o h2 w2"]:
     """The twin: (1) by PyTorch, for what the library can't be given."""
+    size = fitting(x, weight.tile, size)
     (m, n), (height, width) = weight.tile, x.shape[2:]
-    (after, _, before), (after2, _, before2) = (map(torch.Tensor.float, matrices(side)) for side in weight.tile)
     high, wide = -(-height // m), -(-width // n)
+    after, after2 = (afterwards(*side) for side in zip(weight.tile, (high, wide), size, strict=True))
+    before, before2 = (matrices(side)[2].float() for side in weight.tile)
     padded_x = F.pad(x.float(), (1, wide * n + 1 - width, 1, high * m + 1 - height))
     tiles = padded_x.unfold(2, m + 2, m).unfold(3, n + 2, n)
     seen = torch.einsum("pr,bihwrs,qs->pqbhwi", before, tiles, before2).to(weight.numbers.dtype).float()
     products = torch.einsum("pqbhwi,pqio->pqbohw", seen, unpacked(weight).float())
-    y = torch.einsum("rp,pqbohw,sq->bohrws", after, products, after2).flatten(4).flatten(2, 3)[:, :, :height, :width]
+    y = torch.einsum("hrp,pqbohw,wsq->bohrws", after, products, after2).flatten(4).flatten(2, 3)
+    y = y[:, :, : size[0], : size[1]]
     return (y if bias is None else y + bias[:, None, None]).to(x.dtype)
+
+
+def afterwards(m: int, tiles: int, size: int) -> Float[Tensor, "t r p"]:
+    """Return A^T of each tile along a side of the result: of (3), the last has more to sum where it is cut."""
+    after = matrices(m)[0].float().repeat(tiles, 1, 1)
+    if (m, m) == DOUBLED and size % 2:
+        after[-1, 0] = 1
+    return after
 
 
 def unpacked(weight: Transformed) -> Float[Tensor, "n k i o"]:

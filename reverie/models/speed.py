@@ -3,10 +3,10 @@
 Fast, on a CPU: bfloat16 where the processor multiplies it natively; the networks' weights held once, in that, and
 laid out for oneDNN or transformed for convolutions with fewer multiplications; norms, softmax and whatever adds up in
 float32; schedules and the sampler's state as ever; batches of any size, so that the two branches of guidance are one
-call and nothing is padded; CLIP's encoders let go once the prompts are read. On a GPU: the same networks in bfloat16,
-norms and gates by `reverie.kernels.gpu`, and a step's kernels started as one (`reverie.networks.replayed`). Elsewhere,
-and for other networks: the network under autocast. What it costs is the rounding, and that the last bits of a sample
-may depend on its batch.
+call and nothing is padded; CLIP's encoders let go once the prompts are read; the memory that a step frees kept by the
+process for the next. On a GPU: the same networks in bfloat16, norms and gates by `reverie.kernels.gpu`, and a step's
+kernels started as one (`reverie.networks.replayed`). Elsewhere, and for other networks: the network under autocast.
+What it costs is the rounding, and that the last bits of a sample may depend on its batch.
 """
 
 from collections.abc import Iterator
@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from reverie.base.errors import UsageError
+from reverie.kernels.memory import keep_freed_memory
 from reverie.models.memory import gigabytes
 from reverie.networks.packed import Packed, Packing, pack, packable
 from reverie.networks.replayed import Replayed
@@ -113,6 +114,8 @@ def hasten(model: "Model", dtype: torch.dtype | None = None, weights: str | None
     if model.conditioner is not None:
         model.conditioner.rests = model.device.type == "cpu"
     graphs = Replayed(network) if packs and model.device.type == "cuda" else None
+    if model.device.type == "cpu":
+        keep_freed_memory()
     model.speed = Speed("fast", found, weights, packs, packing, graphs)
     return model.speed
 

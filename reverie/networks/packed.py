@@ -6,7 +6,8 @@ What changes, and what each change does to the numbers:
   product reads them: a cast's rounding, and nothing beside it. The first and the last convolution, and what is made of
   the time and the label, stay in float32: they are a thousandth of the work.
 - **Convolutions of 3x3** go with fewer multiplications where the library has them (`reverie.kernels.winograd`): in
-  bfloat16 a layer's rounding is 4 to 7 times a plain one's; weights take 2.7 to 4 times as much.
+  bfloat16 a layer's rounding is 4 to 7 times a plain one's; weights take 2.7 to 4 times as much. One that follows the
+  doubling of a size reads the image as it was, with a quarter of the multiplications and weights of the same size.
 - **Linear layers** go by panels of the library's where it serves them (`reverie.kernels.panels`), and a transformer's
   gated units are done with the product: what is between them is never rounded nor written.
 - **Sums** of a state and what a layer in panels adds to it are taken in the layer's walk, and rounded once.
@@ -39,7 +40,7 @@ from reverie.kernels.winograd import Transformed
 from reverie.networks.attention import Attention, Gate
 from reverie.networks.autoencoder import ConvolutionalAutoencoder
 from reverie.networks.captioned import Captioned
-from reverie.networks.layers import ResidualBlock
+from reverie.networks.layers import Image, ResidualBlock, Resized, SizeOf, Upsample
 from reverie.networks.tiny_autoencoder import TinyAutoencoder
 from reverie.networks.unet import UNet
 
@@ -209,16 +210,35 @@ class PackedConv2d(Packed):
         return convolve(x, self.full, self.bias, self.stride, self.padding).to(self.out)  # type: ignore[arg-type]
 
 
+class PackedUpsample(Packed):
+    """Each pixel repeated 2x2, then a convolution, in one walk over the image as it was.
+
+    Arguments:
+        conv: The convolution, of 3x3.
+        dtype: What it computes in.
+    """
+
+    def __init__(self, conv: nn.Conv2d, dtype: torch.dtype) -> None:
+        super().__init__(conv.weight, conv.bias, dtype, dtype)
+        self.held: Transformed = winograd.transform(conv.weight, winograd.DOUBLED, dtype)
+        self.bias = None if conv.bias is None else conv.bias.detach().float()
+
+    def forward(self, x: Image, like: SizeOf | None = None) -> Resized:
+        """Double x, and crop it to the size of `like` where that is given."""
+        x = x.to(self.dtype).contiguous(memory_format=torch.channels_last)
+        return winograd.convolve(x, self.held, self.bias, None if like is None else (like.shape[2], like.shape[3]))
+
+
 def by_panels(weight: Float[Tensor, "o i"], dtype: torch.dtype) -> bool:
     """Whether a matrix is held in panels here."""
     return weight.device.type == "cpu" and serves(weight.shape[1], dtype)
 
 
-def tile(conv: nn.Conv2d, dtype: torch.dtype) -> winograd.Tile | None:
-    """Return the tile that a convolution is computed by, None where it is plain."""
+def tile(conv: nn.Conv2d, dtype: torch.dtype, doubled: bool = False) -> winograd.Tile | None:
+    """Return the tile that a convolution, of an image that may be doubled first, is computed by; None if plainly."""
     whole = conv.kernel_size == (3, 3) and conv.stride == (1, 1) and conv.padding == (1, 1)
     whole = whole and conv.weight.device.type == "cpu"
-    return winograd.tile(conv.in_channels, conv.out_channels, dtype) if whole else None
+    return winograd.tile(conv.in_channels, conv.out_channels, dtype, doubled=doubled) if whole else None
 
 
 def packable(network: nn.Module) -> list[nn.Module]:
@@ -265,6 +285,9 @@ def pack(network: nn.Module, dtype: torch.dtype = torch.float32, bits8: bool = F
                 join_biases(block)
         for attention in [module for module in part.modules() if isinstance(module, Attention)]:
             pack_attention(attention, dtype, bits8)
+        for parent, name, up in [] if bits8 else list(children(part, Upsample)):
+            if tile(up.conv, dtype, doubled=True):
+                setattr(parent, name, PackedUpsample(up.conv, dtype))
         ends = end_layers(part)
         for parent, name, layer in list(layers_of(part)):
             setattr(parent, name, packed(layer, dtype, bits8, layer is ends[0], layer is ends[1]))
@@ -297,11 +320,15 @@ def pack_attention(attention: Attention, dtype: torch.dtype, bits8: bool) -> Non
 
 def layers_of(part: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
     """Yield the layers that are packed, each with what holds it and its name there."""
+    for parent, name, layer in children(part, nn.Conv2d | nn.Linear | Gate):
+        if not isinstance(parent, Gate) and not left(part, layer):
+            yield parent, name, layer
+
+
+def children(part: nn.Module, kind: Any) -> Iterator[tuple[nn.Module, str, Any]]:
+    """Yield the modules of a kind in a network, each with what holds it and its name there."""
     for parent in part.modules():
-        for name, layer in parent.named_children():
-            whole = isinstance(layer, nn.Conv2d | nn.Linear | Gate) and not isinstance(parent, Gate)
-            if whole and not left(part, layer):
-                yield parent, name, layer
+        yield from ((parent, name, module) for name, module in parent.named_children() if isinstance(module, kind))
 
 
 def left(part: nn.Module, layer: nn.Module) -> bool:

@@ -7,12 +7,12 @@ import torch
 from torch import nn
 
 from reverie.kernels import dispatch
-from reverie.kernels.winograd import Transformed
+from reverie.kernels.winograd import DOUBLED, Transformed
 from reverie.networks.autoencoder import Autoencoder, AutoencoderConfig
 from reverie.networks.captioned import Captioned, CaptionedConfig
-from reverie.networks.layers import added
+from reverie.networks.layers import Upsample, added
 from reverie.networks.mlp import MLP, MLPConfig
-from reverie.networks.packed import Packed, pack, packable, packed, tile
+from reverie.networks.packed import Packed, PackedUpsample, pack, packable, packed, tile
 from reverie.networks.tiny_autoencoder import TinyAutoencoder, TinyAutoencoderConfig
 from reverie.networks.unet import Deep, UNet, UNetConfig, keeping_deep
 from reverie.networks.vq_autoencoder import VQAutoencoder, VQConfig
@@ -24,7 +24,7 @@ def filled(network: nn.Module) -> nn.Module:
     """Return a network whose outputs are not zero."""
     torch.manual_seed(0)
     for module in network.modules():
-        if isinstance(module, nn.Conv2d | nn.Linear):
+        if isinstance(module, nn.Conv2d | nn.Linear | nn.Embedding):
             module.reset_parameters()
     return network.eval().requires_grad_(False)
 
@@ -105,6 +105,22 @@ def test_convolutions_of_3x3_are_transformed_and_no_others(monkeypatch):
         pack(other, torch.float32, bits8)
         held = [module.held for module in other.modules() if isinstance(module, Packed)]
         assert sum(isinstance(weight, Transformed) for weight in held) == count
+
+
+@pytest.mark.skipif(not dispatch.candidates() or bool(next(iter(dispatch.candidates().values()))), reason="no library")
+@torch.no_grad()
+@pytest.mark.parametrize("size", [(12, 10), (11, 13), (5, 7)])
+def test_doubling_and_its_convolution_are_one_walk(size):
+    """Over the image as it was, also where the doubled one is cropped to an odd size."""
+    network = unet(channels=(32, 32, 64), attention=(False, False, True))
+    other = copy.deepcopy(network)
+    pack(other)
+    ups = [module for module in other.modules() if isinstance(module, PackedUpsample)]
+    assert len(ups) == 2
+    assert all(up.held.tile == DOUBLED for up in ups)
+    assert not any(isinstance(module, Upsample) for module in other.modules())
+    asked = told(network, 2) | {"x": torch.randn(2, 3, *size)}
+    assert off(other(**asked), network(**asked)) < 1e-5
 
 
 @torch.no_grad()

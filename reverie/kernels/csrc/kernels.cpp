@@ -186,11 +186,11 @@ API int reverie_normals(const uint64_t* keys, int64_t rows, int64_t count, float
 API int reverie_panel() { return PANEL * W; }
 API int reverie_vector() { return W; }
 
-// Samples share blocks of tiles; where there are fewer blocks than threads, the outputs are shared out as well.
+// shape: samples, height, width, inputs, outputs; height and width of y. Samples share blocks of tiles; where there are fewer blocks than threads, the outputs are shared out as well.
 template <int HIGH, int WIDE, class N, class T = typename N::Number>
 static int winograd(const int64_t* shape, const T* x, const float* u, const float* bias, T* y, int threads) {
     const Image n{shape[0], shape[1], shape[2], shape[3], shape[4]};
-    const Winograd<HIGH, WIDE, N> w(n, x, u, bias, y);
+    const Winograd<HIGH, WIDE, N> w(n, x, u, bias, y, shape[5], shape[6]);
     const long panels = (w.vectors() + PANEL - 1) / PANEL;
     long blocks = (w.tiles + TILES - 1) / TILES;
     if (blocks > threads) blocks = (blocks + threads - 1) / threads * threads;
@@ -224,9 +224,11 @@ static int winograd_weights(const float* g, int64_t out, int64_t in, float* u, i
         return winograd_weights<HIGH, WIDE, N>(g, out, in, u, threads);                                               \
     }
 
+WINOGRAD(1, 1, Single, float, )
 WINOGRAD(2, 2, Single, float, )
 WINOGRAD(4, 4, Single, float, )
 #ifdef __AVX512BF16__
+WINOGRAD(1, 1, Half, uint16_t, _bfloat16)
 WINOGRAD(2, 2, Half, uint16_t, _bfloat16)
 WINOGRAD(2, 4, Half, uint16_t, _bfloat16)
 WINOGRAD(4, 4, Half, uint16_t, _bfloat16)

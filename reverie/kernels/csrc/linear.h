@@ -11,6 +11,7 @@
 #include "gemm.h"
 
 constexpr long NEAR = 1 << 17;  // words of x that are gone through for one panel after another: half of a usual L2
+constexpr long ROWS = 190;      // but so many at least: the weights are read again for each block, large ones from memory
 
 template <class N> struct Linear {
     using T = typename N::Number;
@@ -25,11 +26,21 @@ template <class N> struct Linear {
     long vectors() const { return (out + W - 1) / W * (gated ? 2 : 1); }  // columns of all panels
     long panels() const { return (vectors() + PANEL - 1) / PANEL; }
     // Rows of a block, in whole tiles.
-    long block() const { return (NEAR / words / rows_of(PANEL) + 1) * rows_of(PANEL); }
+    long block() const { return ((NEAR / words > ROWS ? NEAR / words : ROWS) / rows_of(PANEL) + 1) * rows_of(PANEL); }
+
+    // Ask for what a tile is added and written to, while its product is made.
+    template <int MR> void ask(long row, long first, long count) const {
+        for (long i = row; i < row + MR; i++)
+            for (long c = first; c < first + count; c += 64 / sizeof(T)) {
+                if (onto) __builtin_prefetch(onto + i * out + c);
+                __builtin_prefetch(y + i * out + c, 1);
+            }
+    }
 
     // A tile, and what follows it.
     template <int MR, int NV> void tile(long row, long v) const {
         V acc[MR][NV] = {};
+        ask<MR>(row, v * W / (gated ? 2 : 1), NV * W / (gated ? 2 : 1));
         product<N>(acc, words, reinterpret_cast<const float*>(x) + row * words, words, 1, w + v * W * words, NV * W);
         const long first = v * W / (gated ? 2 : 1);
 #pragma GCC unroll 16

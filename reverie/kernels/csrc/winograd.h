@@ -1,12 +1,13 @@
 // Convolutions of 3x3 (stride 1, padding 1) with fewer multiplications: F(2x2, 3x3), with 16 where 36 are plain,
-// F(2x4, 3x3), with 24 where 72 are, and F(4x4, 3x3), with 36 where 144 are.
+// F(2x4, 3x3), with 24 where 72 are, and F(4x4, 3x3), with 36 where 144 are; and of images whose pixels are repeated 2x2,
+// with 9 where 36 are.
 //
-//     y = A^T ( sum over the inputs of (G g G^T) * (B^T d B) ) A        for each tile of 2x2, 2x4 or 4x4 pixels
+//     y = A^T ( sum over the inputs of (G g G^T) * (B^T d B) ) A        for each tile of 2x2, 2x4 or 4x4 pixels, or of one
 //
 // "Fast Algorithms for Convolutional Neural Networks" (Lavin & Gray, 2015), equations 8 to 12,
 // https://arxiv.org/abs/1509.09308
 //
-// For each of the 16, 24 or 36 positions the sum is a product of matrices, of (tiles, in) and (in, out). A block of tiles is
+// For each of the 9, 16, 24 or 36 positions the sum is a product of matrices, of (tiles, in) and (in, out). A block of tiles is
 // transformed, multiplied by a panel of outputs at all positions, and transformed back while that is in the cache. What a
 // tile comes to does not depend on the others of its block.
 #pragma once
@@ -18,18 +19,33 @@ struct Image {
     int64_t samples, height, width, in, out;
 };
 
-// The transforms along one side, of SIZE numbers for M pixels.
+// The transforms along one side, of SIZE numbers for M pixels, which give OUT. CUT: the last of those is not wanted.
 template <int M> struct Side;
+
+// A pixel that is repeated: all three weights of it, and the first and the last of what its neighbours differ by. Where
+// the repetition is cut off, the last weight sees zero, as the neighbour is there, and not the pixel once more.
+template <> struct Side<1> {
+    static constexpr int SIZE = 3, OUT = 2;
+    static constexpr double G[3][3] = {{1, 0, 0}, {1, 1, 1}, {0, 0, 1}};
+    static inline __attribute__((always_inline)) void before(V* d, int step) {
+        const V a = d[0], b = d[step], c = d[2 * step];
+        d[0] = a - b, d[2 * step] = c - b;
+    }
+    static inline __attribute__((always_inline)) void after(const V* m, int step, V* y, int to, bool cut) {
+        const V a = m[0], b = m[step], c = m[2 * step];
+        y[0] = cut ? a + b + c : a + b, y[to] = b + c;
+    }
+};
 
 // At the points 0, 1, -1 and infinity.
 template <> struct Side<2> {
-    static constexpr int SIZE = 4;
+    static constexpr int SIZE = 4, OUT = 2;
     static constexpr double G[4][3] = {{1, 0, 0}, {0.5, 0.5, 0.5}, {0.5, -0.5, 0.5}, {0, 0, 1}};
     static inline __attribute__((always_inline)) void before(V* d, int step) {
         const V a = d[0], b = d[step], c = d[2 * step], e = d[3 * step];
         d[0] = a - c, d[step] = b + c, d[2 * step] = c - b, d[3 * step] = e - b;
     }
-    static inline __attribute__((always_inline)) void after(const V* m, int step, V* y, int to) {
+    static inline __attribute__((always_inline)) void after(const V* m, int step, V* y, int to, bool) {
         const V a = m[0], b = m[step], c = m[2 * step], e = m[3 * step];
         y[0] = a + b + c, y[to] = b - c + e;
     }
@@ -38,7 +54,7 @@ template <> struct Side<2> {
 // At 0, 2/3, -2/3, 3/2, -3/2 and infinity: nearer to each other in size than the usual 0, 1, -1, 2, -2, so that less is
 // lost.
 template <> struct Side<4> {
-    static constexpr int SIZE = 6;
+    static constexpr int SIZE = 6, OUT = 4;
     static constexpr float P = 2 / 3.f, Q = 3 / 2.f, SUM = P * P + Q * Q;  // P Q is 1
     static constexpr double G[6][3] = {{1, 0, 0},
                                        {-81 / 130., -54 / 130., -36 / 130.},
@@ -55,7 +71,7 @@ template <> struct Side<4> {
         d[3 * step] = even2 + odd2, d[4 * step] = even2 - odd2;
         d[5 * step] = b - all(SUM) * e + g;
     }
-    static inline __attribute__((always_inline)) void after(const V* m, int step, V* y, int to) {
+    static inline __attribute__((always_inline)) void after(const V* m, int step, V* y, int to, bool) {
         const V sum = m[step] + m[2 * step], off = m[step] - m[2 * step];
         const V sum2 = m[3 * step] + m[4 * step], off2 = m[3 * step] - m[4 * step];
         y[0] = m[0] + sum + sum2;
@@ -69,17 +85,18 @@ template <> struct Side<4> {
 template <int HIGH, int WIDE, class N> struct Winograd {
     using T = typename N::Number;
     static constexpr int ROWS = Side<HIGH>::SIZE, COLS = Side<WIDE>::SIZE, POSITIONS = ROWS * COLS;
+    static constexpr int DOWN = Side<HIGH>::OUT, ALONG = Side<WIDE>::OUT;
     static constexpr long COLUMNS = PANEL * W;
 
     Image n;
     const T* x;         // (samples, height, width, in)
     const float* u;     // the weights, in words: for each panel of outputs (POSITIONS, in, COLUMNS)
     const float* bias;  // (out), or null
-    T* y;               // (samples, height, width, out)
-    long across, each, tiles, rows;  // tiles in a row, in a sample, in all; words of a row of `in`
+    T* y;               // (samples, high, wide, out)
+    long high, wide, across, each, tiles, rows;  // tiles in a row, in a sample, in all; words of a row of `in`
 
-    Winograd(const Image& n, const T* x, const float* u, const float* bias, T* y)
-        : n(n), x(x), u(u), bias(bias), y(y), across((n.width + WIDE - 1) / WIDE),
+    Winograd(const Image& n, const T* x, const float* u, const float* bias, T* y, long high, long wide)
+        : n(n), x(x), u(u), bias(bias), y(y), high(high), wide(wide), across((n.width + WIDE - 1) / WIDE),
           each(across * ((n.height + HIGH - 1) / HIGH)), tiles(n.samples * each), rows(words<N>(n.in)) {}
 
     long vectors() const { return (n.out + W - 1) / W; }
@@ -125,22 +142,22 @@ template <int HIGH, int WIDE, class N> struct Winograd {
 
     // A^T m A of a tile, with the bias, to the pixels that there are.
     void after(long tile, const float* m, long first, int count) const {
-        const long b = tile / each, top = tile % each / across * HIGH, left = tile % across * WIDE;
-        const long high = n.height - top < HIGH ? n.height - top : HIGH;
-        const long wide = n.width - left < WIDE ? n.width - left : WIDE;
-        T* to = y + ((b * n.height + top) * n.width + left) * n.out + first;
+        const long b = tile / each, top = tile % each / across * DOWN, left = tile % across * ALONG;
+        const long down = high - top < DOWN ? high - top : DOWN, along = wide - left < ALONG ? wide - left : ALONG;
+        T* to = y + ((b * high + top) * wide + left) * n.out + first;
         for (long c = 0; c < count; c += W) {
-            V sums[POSITIONS], half[HIGH * COLS], out[HIGH * WIDE];
+            V sums[POSITIONS], half[DOWN * COLS], out[DOWN * ALONG];
 #pragma GCC unroll 36
             for (int p = 0; p < POSITIONS; p++) sums[p] = load(m + p * TILES * COLUMNS + c);
 #pragma GCC unroll 6
-            for (int j = 0; j < COLS; j++) Side<HIGH>::after(sums + j, COLS, half + j, COLS);
+            for (int j = 0; j < COLS; j++) Side<HIGH>::after(sums + j, COLS, half + j, COLS, down < DOWN);
             const V more = bias ? load_n(bias + first + c, count - c) : V{};
 #pragma GCC unroll 4
-            for (int i = 0; i < HIGH; i++) Side<WIDE>::after(half + i * COLS, 1, out + i * WIDE, 1);
-            for (long i = 0; i < high; i++)
-                for (long j = 0; j < wide; j++)
-                    store_n(to + (i * n.width + j) * n.out + c, out[i * WIDE + j] + more, count - c);
+            for (int i = 0; i < DOWN; i++)
+                Side<WIDE>::after(half + i * COLS, 1, out + i * ALONG, 1, along < ALONG);
+            for (long i = 0; i < down; i++)
+                for (long j = 0; j < along; j++)
+                    store_n(to + (i * wide + j) * n.out + c, out[i * ALONG + j] + more, count - c);
         }
     }
 
