@@ -5,14 +5,13 @@
 Random weights of the real architecture (859,520,964 numbers; `--xl`: 2,567,463,684), the same in all; a guided step is
 the same latent of 64x64 (128x128) twice, with two texts; `--apart`: two latents. `--dtype` is what all compute in:
 diffusers in eager PyTorch, OpenVINO by its hint, ours packed as `--speed fast` packs it. On a GPU there are also
-diffusers under torch.compile (mode reduce-overhead, channels innermost), and ours without its recorded calls. Turns
+diffusers under torch.compile (mode reduce-overhead, channels innermost), and ours without its recorded calls. Each has
+a process of its own, as it would have in use: ours keeps the memory that it frees, which is a process's setting. Turns
 alternate, the first of each is left out; relative error is to diffusers' float32. `--clock cpu` counts the processor's
 time instead of the wall's, where others use the machine. `--size` and `--width` make it smaller.
 """
 
 import argparse
-import copy
-import gc
 import json
 import resource
 import shlex
@@ -20,12 +19,15 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from report import gpu_or_not, machine, table, versions
 
+from reverie.kernels.memory import keep_freed_memory
 from reverie.networks.packed import pack
 from reverie.networks.unet import UNet
 from reverie.networks.unet_config import UNetConfig
@@ -116,41 +118,18 @@ def theirs_of(network: torch.nn.Module, given: Told) -> torch.Tensor:
     return network(given.x, given.time, given.context, added_cond_kwargs=more, return_dict=False)[0]
 
 
-def gpu_peers(
-    theirs: torch.nn.Module, ours: torch.nn.Module, given: Told, options: argparse.Namespace
-) -> dict[str, Callable]:
-    """Return calls on a GPU: ours recorded and not, diffusers' as it is and compiled."""
-    from reverie.networks.replayed import Replayed
-
-    graphs, last = Replayed(ours), given.channels_last()
-    dtype = getattr(torch, options.dtype)
-    same, cast = theirs.to(dtype), given.to(dtype)
-    compiled = torch.compile(copy.deepcopy(same).to(memory_format=torch.channels_last), mode="reduce-overhead")
-    every = {
-        "reverie": lambda: graphs(last.x, last.time, context=last.context, **last.added),
-        "reverie, not recorded": lambda: ours(last.x, last.time, context=last.context, **last.added),
-        "diffusers": lambda: theirs_of(same, cast),
-        "diffusers, compiled": lambda: theirs_of(compiled, cast.channels_last()),
-    }
-    return {name: call for name, call in every.items() if name.split(", ")[-1] not in options.without.split(",")}
-
-
 def openvino(
     network: torch.nn.Module, inputs: tuple[torch.Tensor, ...], dtype: torch.dtype, threads: int
-) -> tuple[Callable, float] | None:
-    """Return OpenVINO's call of a network in some dtype, and the seconds that its preparation took; None without it."""
-    try:
-        import openvino as ov
-    except ImportError:
-        return None
-    began = time.perf_counter()
+) -> Callable[[], torch.Tensor]:
+    """Return OpenVINO's call of a network in some dtype."""
+    import openvino as ov
+
     model = ov.convert_model(Returns(network), example_input=inputs)
     hint = "bf16" if dtype == torch.bfloat16 else "f32"
     settings = {"INFERENCE_PRECISION_HINT": hint, "INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
     compiled = ov.compile_model(model, "CPU", settings)
-    seconds = time.perf_counter() - began
     arrays = [tensor.numpy() for tensor in inputs]
-    return lambda: torch.from_numpy(compiled(arrays)[0]), seconds
+    return lambda: torch.from_numpy(compiled(arrays)[0])
 
 
 class Returns(torch.nn.Module):
@@ -164,24 +143,66 @@ class Returns(torch.nn.Module):
         return self.network(x, time, context, return_dict=False)[0]
 
 
-def cpu_peers(
-    theirs: torch.nn.Module, ours: torch.nn.Module, given: Told, options: argparse.Namespace, preparation: dict
-) -> dict[str, Callable]:
-    """Return calls on a CPU: ours, OpenVINO's, diffusers'; what the second takes before is put into preparation."""
-    dtype, without, last = getattr(torch, options.dtype), options.without.split(","), given.channels_last()
-    peers: dict[str, Callable] = {}
-    found = None if "openvino" in without or options.xl else openvino(theirs, given[:3], dtype, options.threads)
-    if found is not None:
-        peers["openvino"], preparation["openvino"] = found
-    peers["reverie"] = lambda: ours(last.x, last.time, context=last.context, **last.added)
-    if "diffusers" not in without:
-        theirs.to(dtype)
-        cast = given.to(dtype)
-        peers["diffusers"] = lambda: theirs_of(theirs, cast)
-    return peers
+def networks(options: argparse.Namespace, device: str) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """Return diffusers' network and ours, as the options have them."""
+    config = XL if options.xl else CONFIG
+    widths = [options.width * factor for factor in (1, 2, 4, 4)[: len(config["down_block_types"])]]
+    heads = {"attention_head_dim": [width // 64 for width in widths]} if options.xl else {}
+    return build(config | {"block_out_channels": widths} | heads, device)
 
 
-def seconds_of(call: Callable, clock: Callable[[], float]) -> tuple[float, torch.Tensor]:
+def asked(options: argparse.Namespace, device: str) -> Told:
+    """Return what a step is given, as the options have it."""
+    return told(options.xl, options.size or (128 if options.xl else 64), device, options.apart)
+
+
+def contestants(options: argparse.Namespace, device: str) -> list[str]:
+    """Return who takes part."""
+    names = ["reverie", "diffusers"]
+    if device == "cuda":
+        names = ["reverie", "reverie, not recorded", "diffusers", "diffusers, compiled"]
+    elif not options.xl and find_spec("openvino"):
+        names = ["openvino", *names]
+    return [name for name in names if name.split(", ")[-1] not in options.without.split(",")]
+
+
+def call_of(name: str, theirs: torch.nn.Module, ours: torch.nn.Module, given: Told, options: argparse.Namespace) -> Any:
+    """Return a contestant's call, ready."""
+    from reverie.networks.replayed import Replayed
+
+    dtype, last = getattr(torch, options.dtype), given.channels_last()
+    if name == "openvino":
+        return openvino(theirs, given[:3], dtype, options.threads)
+    if name.startswith("reverie"):
+        pack(ours.requires_grad_(False), dtype)
+        keep_freed_memory()
+        network = Replayed(ours) if given.x.is_cuda and "not recorded" not in name else ours
+        return lambda: network(last.x, last.time, context=last.context, **last.added)
+    cast, same = given.to(dtype), theirs.to(dtype)
+    if "compiled" not in name:
+        return lambda: theirs_of(same, cast)
+    compiled = torch.compile(same.to(memory_format=torch.channels_last), mode="reduce-overhead")
+    return lambda: theirs_of(compiled, cast.channels_last())
+
+
+@torch.inference_mode()
+def contest(name: str, options: argparse.Namespace, device: str, pipe: Connection) -> None:
+    """Prepare one contestant and take its turns: a process's work."""
+    torch.set_num_threads(options.threads)
+    theirs, ours = networks(options, device)
+    given, began = asked(options, device), time.perf_counter()
+    call = call_of(name, theirs, ours, given, options)
+    prepared = time.perf_counter() - began
+    del theirs, ours
+    pipe.send(prepared)
+    clock = time.perf_counter if options.clock == "wall" else time.process_time
+    while pipe.recv():
+        took, y = seconds_of(call, clock)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        pipe.send((took, y.float().cpu().numpy(), peak))
+
+
+def seconds_of(call: Callable[[], torch.Tensor], clock: Callable[[], float]) -> tuple[float, torch.Tensor]:
     """Return how long a call takes, its GPU waited for, and its answer."""
     on_gpu = torch.cuda.is_available()
     if on_gpu:
@@ -209,65 +230,75 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def turns(
-    peers: dict[str, Callable], runs: int, clock: Callable[[], float], wanted: torch.Tensor, preparation: dict
-) -> tuple[dict[str, list[float]], dict[str, float]]:
-    """Return the seconds of all in turn, and their errors; the first of each, which prepares, is put beside them."""
-    seconds: dict[str, list[float]] = {name: [] for name in peers}
-    errors = {}
-    for turn in range(runs + 1):
-        for name, call in peers.items():
-            took, y = seconds_of(call, clock)
-            seconds[name].append(took)
-            if turn == 0:
-                preparation[name] = preparation.get(name, 0) + took
-            if runs <= 10 or turn == 0:
+class Found(NamedTuple):
+    """What became of a contestant.
+
+    Arguments:
+        seconds: Of its turns; the first is part of its preparation.
+        preparation: Seconds before the second turn.
+        error: Relative, to diffusers' float32.
+        peak_mib: Its process's memory at most, its making included.
+    """
+
+    seconds: list[float]
+    preparation: float
+    error: float
+    peak_mib: float
+
+
+def turns(names: list[str], options: argparse.Namespace, device: str, wanted: torch.Tensor) -> dict[str, Found]:
+    """Return what became of all, who take turns."""
+    context = torch.multiprocessing.get_context("spawn")
+    pipes, found = {}, {}
+    for name in names:
+        pipes[name], far = context.Pipe()
+        context.Process(target=contest, args=(name, options, device, far), daemon=True).start()
+        found[name] = Found([], pipes[name].recv(), 0.0, 0.0)
+    for turn in range(options.runs + 1):
+        for name, pipe in pipes.items():
+            pipe.send(True)
+            took, y, peak = pipe.recv()
+            if options.runs <= 10 or turn == 0:
                 print(f"{name} {took:.4g} s", file=sys.stderr, flush=True)
-            errors[name] = float((y.double() - wanted.double()).norm() / wanted.double().norm())
-    return seconds, errors
+            before = found[name]
+            error = float((torch.from_numpy(y).double() - wanted.double()).norm() / wanted.double().norm())
+            preparation = before.preparation + (took if turn == 0 else 0)
+            found[name] = Found([*before.seconds, took], preparation, error, peak)
+    for pipe in pipes.values():
+        pipe.send(False)
+    return found
 
 
 @torch.inference_mode()
+def truth(options: argparse.Namespace, device: str) -> torch.Tensor:
+    """Return diffusers' answer in float32."""
+    theirs, _ = networks(options, device)
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        return theirs_of(theirs, asked(options, device)).float().cpu()
+
+
 def main() -> None:
     """Run, print a table, write the JSON."""
     options = parse()
     torch.set_num_threads(options.threads)
     device = gpu_or_not()
-    config = XL if options.xl else CONFIG
-    widths = [options.width * factor for factor in (1, 2, 4, 4)[: len(config["down_block_types"])]]
-    heads = {"attention_head_dim": [width // 64 for width in widths]} if options.xl else {}
-    theirs, ours = build(config | {"block_out_channels": widths} | heads, device)
-    given = told(options.xl, options.size or (128 if options.xl else 64), device, options.apart)
-    dtype, preparation = getattr(torch, options.dtype), {}
-    with torch.backends.cudnn.flags(allow_tf32=False):
-        wanted = theirs_of(theirs, given).float()
-    began = time.perf_counter()
+    wanted = truth(options, device)
     if device == "cuda":
-        pack(ours.requires_grad_(False), dtype)
-        preparation["reverie"] = time.perf_counter() - began
-        peers = gpu_peers(theirs, ours, given, options)
-    else:
-        peers = cpu_peers(theirs, ours, given, options, preparation)
-        began = time.perf_counter()
-        pack(ours.requires_grad_(False), dtype)
-        preparation["reverie"] = time.perf_counter() - began
-    gc.collect()
-    clock = time.perf_counter if options.clock == "wall" else time.process_time
-    seconds, errors = turns(peers, options.runs, clock, wanted, preparation)
-    medians = {name: statistics.median(took[1:]) for name, took in seconds.items()}
+        torch.cuda.empty_cache()
+    found = turns(contestants(options, device), options, device, wanted)
+    medians = {name: statistics.median(one.seconds[1:]) for name, one in found.items()}
     base = medians.get("diffusers", medians["reverie"])
     rows = [
-        [name, f"{1000 * medians[name]:.4g}", f"{medians[name] / base:.2f}", f"{errors[name]:.1e}",
-         f"{preparation[name]:.1f}"]
-        for name in peers
+        [name, f"{1000 * medians[name]:.4g}", f"{medians[name] / base:.3f}", f"{one.error:.1e}",
+         f"{one.preparation:.1f}", f"{one.peak_mib:.0f}"]
+        for name, one in found.items()
     ]  # fmt: skip
-    print(table(["network", "ms a step", "of diffusers", "relative error", "preparation, s"], rows))
+    print(table(["network", "ms a step", "of diffusers", "relative error", "preparation, s", "peak MiB"], rows))
     if options.json:
         command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
-        about = {"command": command, "machine": machine(), "versions": versions(PACKAGES)}
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        found = {"seconds": seconds, "medians": medians, "errors": errors, "preparation": preparation, "peak_mib": peak}
-        options.json.write_text(json.dumps(about | found, indent=1) + "\n")
+        about = {"command": command, "machine": machine(), "versions": versions(PACKAGES), "medians": medians}
+        told_of = {name: one._asdict() for name, one in found.items()}
+        options.json.write_text(json.dumps(about | {"contestants": told_of}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
