@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from reverie.kernels import dispatch
+from reverie.kernels.strassen import Halves
 from reverie.kernels.winograd import DOUBLED, Transformed
 from reverie.networks.autoencoder import Autoencoder, AutoencoderConfig
 from reverie.networks.captioned import Captioned, CaptionedConfig
@@ -120,6 +121,19 @@ def test_doubling_and_its_convolution_are_one_walk(size):
     assert all(up.held.tile == DOUBLED for up in ups)
     assert not any(isinstance(module, Upsample) for module in other.modules())
     asked = told(network, 2) | {"x": torch.randn(2, 3, *size)}
+    assert off(other(**asked), network(**asked)) < 1e-5
+
+
+@pytest.mark.skipif(not dispatch.candidates() or bool(next(iter(dispatch.candidates().values()))), reason="no library")
+@torch.no_grad()
+def test_the_feed_forward_part_goes_by_halves_and_no_other_layer():
+    network = unet(channels=(32, 512), context_dim=12, attention=(False, True))
+    other = copy.deepcopy(network)
+    pack(other)
+    by_halves = {name for name, layer in other.named_modules() if isinstance(getattr(layer, "held", None), Halves)}
+    assert by_halves
+    assert by_halves == {name for name, _ in other.named_modules() if name.endswith(("ff.net.0", "ff.net.2"))}
+    asked = told(network, 2)
     assert off(other(**asked), network(**asked)) < 1e-5
 
 

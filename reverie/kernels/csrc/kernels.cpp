@@ -3,6 +3,7 @@
 #include "blend.h"
 #include "gate.h"
 #include "linear.h"
+#include "strassen.h"
 #include "norm.h"
 #include "normal.h"
 #include "weight_gradient.h"
@@ -274,6 +275,51 @@ static int linear_weights(const int64_t* shape, const float* weight, float* u, i
 LINEAR(Single, float, )
 #ifdef __AVX512BF16__
 LINEAR(Half, uint16_t, _bfloat16)
+#endif
+
+// shape: samples, rows of each, half of the inputs in words, outputs. Blocks of pairs of rows, and where there are fewer of them
+// than threads, of outputs too.
+template <class N, class T = typename N::Number>
+static int strassen(const int64_t* shape, const T* x, const float* w, const float* bias, const T* onto, T* y, int gated,
+                    int threads) {
+    const Strassen<N> l(shape, x, w, bias, onto, y, gated != 0);
+    const long tiles = (l.pairs() + rows_of(PANEL) - 1) / rows_of(PANEL);
+    long blocks = (l.pairs() + l.PAIRS - 1) / l.PAIRS;
+    if (tiles >= threads) blocks = (blocks + threads - 1) / threads * threads;
+    const long wanted = (threads + blocks - 1) / blocks, parts = wanted < l.panels() ? wanted : l.panels();
+    const Scratch scratch(threads, l.scratch());
+    if (!scratch.data) return 1;
+#pragma omp parallel for num_threads(threads) schedule(dynamic) if (threads > 1)
+    for (long task = 0; task < blocks * parts; task++) {
+        const long block = task / parts, part = task % parts, end = tiles * (block + 1) / blocks * rows_of(PANEL);
+        l.run(tiles * block / blocks * rows_of(PANEL), end < l.pairs() ? end : l.pairs(), l.panels() * part / parts,
+              l.panels() * (part + 1) / parts, scratch.of(omp_get_thread_num()));
+    }
+    return 0;
+}
+
+// shape: outputs of y, inputs.
+template <class N>
+static int strassen_weights(const int64_t* shape, const float* weight, float* u, int gated, int threads) {
+    const Halves<N> halves{weight, shape[0], shape[1], gated != 0, u};
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (long v = 0; v < halves.columns() / W; v++) halves.run(v);
+    return 0;
+}
+
+#define STRASSEN(N, T, SUFFIX)                                                                                        \
+    API int reverie_strassen_weights##SUFFIX(const int64_t* shape, const float* weight, float* u, int gated,          \
+                                             int threads) {                                                           \
+        return strassen_weights<N>(shape, weight, u, gated, threads);                                                 \
+    }                                                                                                                 \
+    API int reverie_strassen##SUFFIX(const int64_t* shape, const T* x, const float* w, const float* bias,             \
+                                     const T* onto, T* y, int gated, int threads) {                                   \
+        return strassen<N>(shape, x, w, bias, onto, y, gated, threads);                                               \
+    }
+
+STRASSEN(Single, float, )
+#ifdef __AVX512BF16__
+STRASSEN(Half, uint16_t, _bfloat16)
 #endif
 
 // shape: samples, height, width, inputs, outputs. dw: (threads, outputs, 3, 3, inputs in whole vectors); db: (threads,
