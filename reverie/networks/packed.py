@@ -10,7 +10,8 @@ What changes, and what each change does to the numbers:
   doubling of a size reads the image as it was, with a quarter of the multiplications and weights of the same size.
 - **Linear layers** go by panels of the library's where it serves them (`reverie.kernels.panels`), and a transformer's
   gated units are done with the product: what is between them is never rounded nor written. Those of a transformer's
-  feed-forward part take seven multiplications for eight, and 7/4 times the memory (`reverie.kernels.strassen`).
+  feed-forward part take seven multiplications for eight, and 7/4 times the memory (`reverie.kernels.strassen`), in
+  networks of up to a billion numbers.
 - **Sums** of a state and what a layer in panels adds to it are taken in the layer's walk, and rounded once.
 - **Norms** keep their weights in float32, and take their sums in it.
 - **Biases** of a residual block's convolutions, on a GPU, join one that is added anyway: each is a walk over memory.
@@ -48,6 +49,7 @@ from reverie.networks.unet import UNet
 
 FLOAT32 = ("time_embedding", "class_embedding", "add_embedding", "places", "quant_conv", "post_quant_conv")  # left
 ENDS = ("conv_in", "conv_out")  # computed in float32
+MOST = 10**9  # numbers of a network that has layers in halves: in a larger one their memory is dearer than the time
 
 
 class Packing(NamedTuple):
@@ -123,7 +125,7 @@ class PackedLinear(Packed):
         dtype: What it computes in.
         bits8: Hold the weight in eight bits.
         gated: Return the gated units.
-        tokens: Whether it is given samples of many rows.
+        halves: Whether it may be held in halves, which is for samples of many rows.
 
     Example:
         >>> layer = nn.Linear(4, 2)
@@ -139,11 +141,11 @@ class PackedLinear(Packed):
         dtype: torch.dtype,
         bits8: bool = False,
         gated: bool = False,
-        tokens: bool = True,
+        halves: bool = True,
     ) -> None:
         super().__init__(weight, bias, dtype, dtype)
         self.gated = gated
-        if not bits8 and tokens and by_halves(weight, dtype, gated):
+        if not bits8 and halves and by_halves(weight, dtype, gated):
             self.held, self.adds_to = strassen.halves(weight, bias, dtype, gated), None if gated else dtype
         elif not bits8 and by_panels(weight, dtype):
             self.held, self.adds_to = panels(weight, bias, dtype, gated), None if gated else dtype
@@ -292,6 +294,7 @@ def pack(network: nn.Module, dtype: torch.dtype = torch.float32, bits8: bool = F
         (True, torch.Size([2, 1, 8, 8]))
     """
     for part in packable(network):
+        small = sum(tensor.numel() for tensor in part.parameters()) <= MOST
         if isinstance(part, UNet):
             part.shares = part.conv_in.weight.device.type == "cpu"  # a recorded call can't look
         for block in [module for module in part.modules() if isinstance(module, ResidualBlock)]:
@@ -304,8 +307,8 @@ def pack(network: nn.Module, dtype: torch.dtype = torch.float32, bits8: bool = F
                 setattr(parent, name, PackedUpsample(up.conv, dtype))
         ends = end_layers(part)
         for parent, name, layer in list(layers_of(part)):
-            tokens = not isinstance(parent, ResidualBlock)  # whose linear layer is given the time
-            setattr(parent, name, packed(layer, dtype, bits8, layer is ends[0], layer is ends[1], tokens))
+            halves = small and not isinstance(parent, ResidualBlock)  # whose linear layer is given the time
+            setattr(parent, name, packed(layer, dtype, bits8, layer is ends[0], layer is ends[1], halves))
     done = [module for module in network.modules() if isinstance(module, Packed)]
     off, whole = sum((module.error for module in done), torch.zeros(2, dtype=torch.float64)).tolist()
     numbers, size = sum(module.numbers for module in done), sum(module.bytes for module in done)
@@ -361,12 +364,12 @@ def end_layers(part: nn.Module) -> tuple[nn.Module, nn.Module]:
     return convs[0], convs[-1]
 
 
-def packed(layer: nn.Module, dtype: torch.dtype, bits8: bool, first: bool, last: bool, tokens: bool = True) -> Packed:
+def packed(layer: nn.Module, dtype: torch.dtype, bits8: bool, first: bool, last: bool, halves: bool = True) -> Packed:
     """Return a layer, packed: in float32 where it is the first or the last, and then never in eight bits."""
     if isinstance(layer, Gate):
-        return PackedLinear(layer.proj.weight, layer.proj.bias, dtype, bits8, gated=True)
+        return PackedLinear(layer.proj.weight, layer.proj.bias, dtype, bits8, gated=True, halves=halves)
     if isinstance(layer, nn.Linear):
-        return PackedLinear(layer.weight, layer.bias, dtype, bits8, tokens=tokens)
+        return PackedLinear(layer.weight, layer.bias, dtype, bits8, halves=halves)
     assert isinstance(layer, nn.Conv2d)
     if first or last:
         return PackedConv2d(layer, torch.float32, out=torch.float32 if last else dtype)

@@ -126,7 +126,7 @@ def test_doubling_and_its_convolution_are_one_walk(size):
 
 @pytest.mark.skipif(not dispatch.candidates() or bool(next(iter(dispatch.candidates().values()))), reason="no library")
 @torch.no_grad()
-def test_the_feed_forward_part_goes_by_halves_and_no_other_layer():
+def test_the_feed_forward_part_goes_by_halves_and_no_other_layer(monkeypatch):
     network = unet(channels=(32, 512), context_dim=12, attention=(False, True))
     other = copy.deepcopy(network)
     pack(other)
@@ -135,6 +135,9 @@ def test_the_feed_forward_part_goes_by_halves_and_no_other_layer():
     assert by_halves == {name for name, _ in other.named_modules() if name.endswith(("ff.net.0", "ff.net.2"))}
     asked = told(network, 2)
     assert off(other(**asked), network(**asked)) < 1e-5
+    monkeypatch.setattr("reverie.networks.packed.MOST", 1000)  # a large network has none
+    pack(network)
+    assert not any(isinstance(getattr(layer, "held", None), Halves) for layer in network.modules())
 
 
 @torch.no_grad()
