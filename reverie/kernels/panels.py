@@ -114,12 +114,31 @@ def product(
     assert onto is None or not layer.gated
     if needs_gradient(x, onto) or not fast(x, onto) or x.dtype != dtype:
         return plain(x, layer, onto)
+    return walk("linear", (x.numel() // layer.inner, layer.inner // words(dtype)), x, layer, onto)
+
+
+def walk(
+    name: str,
+    sizes: tuple[int, ...],
+    x: Float[Tensor, "... i"],
+    layer: Panels,
+    onto: Float[Tensor, "... o"] | None,
+) -> Float[Tensor, "... o"]:
+    """Call one of the library's products of rows and a layer.
+
+    Arguments:
+        name: What it is called, without its dtype.
+        sizes: What it is told of the rows.
+        x: Rows, of the layer's dtype.
+        layer: The layer, laid out for it.
+        onto: What it adds to.
+    """
+    dtype = layer.numbers.dtype
     x, y = x.contiguous(), torch.empty(*x.shape[:-1], layer.outer, dtype=dtype)
     onto = None if onto is None else onto.to(dtype).expand_as(y).contiguous()
     if y.numel():
-        shape = integers(y.numel() // layer.outer, layer.inner // words(dtype), layer.outer)
         arrays = map(pointer, (x, layer.numbers, layer.bias, onto, y))
-        call(f"reverie_linear{SUFFIX[dtype]}", shape, *arrays, int(layer.gated))
+        call(f"reverie_{name}{SUFFIX[dtype]}", integers(*sizes, layer.outer), *arrays, int(layer.gated))
     return y
 
 

@@ -35,8 +35,6 @@ References:
     https://doi.org/10.1007/BF02165411
 """
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -44,27 +42,18 @@ from torch import Tensor
 
 from reverie.kernels import gate
 from reverie.kernels.dispatch import SUFFIX, call, fast, has, integers, needs_gradient, pointer, widths
+from reverie.kernels.panels import Panels, walk, words
 from reverie.kernels.panels import serves as panels_serve
-from reverie.kernels.panels import words
 
 LEAST = 512  # inputs, half as many with gated units: with fewer, adding the products up takes what is saved
 
 
-class Halves(NamedTuple):
+class Halves(Panels):
     """A layer as (3) multiplies by it.
 
-    Arguments:
-        numbers: B_11, B_21, T_2, T_3, T_4, T_1, B_22, in panels of a half's columns, as csrc/strassen.h reads them.
-        bias: b of the two halves (2, C), in float32; zeros where there is none, and beyond the outputs.
-        inner, outer: The numbers of inputs, and of outputs of y.
-        gated: Whether y is of gated units, and W has 2 outer rows.
+    Its `numbers` are B_11, B_21, T_2, T_3, T_4, T_1, B_22, in panels of a half's columns, as csrc/strassen.h has them;
+    its `bias` is that of the one half's columns and then of the other's.
     """
-
-    numbers: Float[Tensor, " n"]
-    bias: Float[Tensor, "2 c"]
-    inner: int
-    outer: int
-    gated: bool
 
 
 def serves(inner: int, outer: int, dtype: torch.dtype, gated: bool = False) -> bool:
@@ -101,7 +90,7 @@ def halves(
     kept, columns = outer // 2 if gated else outer, wide(outer)
     rows = torch.zeros(outer) if bias is None else bias.detach().float()
     parts = rows.chunk(2) if gated else (rows[:columns], rows[columns:])
-    both = torch.stack([F.pad(part, (0, columns - len(part))) for part in parts])
+    both = torch.cat([F.pad(part, (0, columns - len(part))) for part in parts])
     numbers = torch.empty(7 * columns * inner // 2, dtype=dtype)
     plain = weight.detach().float().contiguous()
     call(
@@ -130,15 +119,9 @@ def product(
     assert onto is None or not layer.gated
     if needs_gradient(x, onto) or not fast(x, onto) or x.dtype != dtype:
         return plain(x, layer, onto)
-    x, y = x.contiguous(), torch.empty(*x.shape[:-1], layer.outer, dtype=dtype)
-    onto = None if onto is None else onto.to(dtype).expand_as(y).contiguous()
-    if y.numel():
-        tokens = x.shape[-2] if x.ndim > 2 else 1
-        samples = y.numel() // layer.outer // tokens
-        shape = integers(samples, tokens, layer.inner // words(dtype) // 2, layer.outer)
-        arrays = map(pointer, (x, layer.numbers, layer.bias, onto, y))
-        call(f"reverie_strassen{SUFFIX[dtype]}", shape, *arrays, int(layer.gated))
-    return y
+    tokens = x.shape[-2] if x.ndim > 2 else 1
+    samples = x.numel() // layer.inner // max(tokens, 1)
+    return walk("strassen", (samples, tokens, layer.inner // words(dtype) // 2), x, layer, onto)
 
 
 def plain(
@@ -155,8 +138,9 @@ def plain(
     m = [a.to(dtype).float() @ b.float() for a, b in zip(sums, unpacked(layer), strict=True)]
     u2 = m[0] + m[2]
     u3 = u2 + m[3]
-    left = torch.cat([m[0] + m[1], u3 + m[4]], -2) + layer.bias[0]
-    right = torch.cat([u2 + m[5] + m[6], u3 + m[5]], -2) + layer.bias[1]
+    bias, bias2 = layer.bias.chunk(2)
+    left = torch.cat([m[0] + m[1], u3 + m[4]], -2) + bias
+    right = torch.cat([u2 + m[5] + m[6], u3 + m[5]], -2) + bias2
     parts = [part[..., : layer.outer] for part in (left, right)] if layer.gated else [left, right]
     y = torch.cat(parts, -1)[..., :tokens, :]
     y = (gate.plain(y) if layer.gated else y[..., : layer.outer]).reshape(shape)
@@ -166,7 +150,7 @@ def plain(
 def unpacked(layer: Halves) -> list[Float[Tensor, "k c"]]:
     """Return B_11, B_21, T_2, T_3, T_4, T_1, B_22."""
     (_, width), dtype = widths(), layer.numbers.dtype
-    inner, step, columns = layer.inner // 2, words(layer.numbers.dtype), layer.bias.shape[1]
+    inner, step, columns = layer.inner // 2, words(layer.numbers.dtype), len(layer.bias) // 2
     found = []
     for first, panel in zip(range(0, columns, width), layer.numbers.split(7 * inner * width), strict=True):
         count = min(width, columns - first)

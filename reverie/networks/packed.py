@@ -87,7 +87,7 @@ class Packed(nn.Module):
         self.adds_to: torch.dtype | None = None
         # No parameters: what is in blocks can neither be trained nor moved.
         self.bias = None if bias is None else bias.detach().to(dtype)
-        self.held: Tensor | Eight | Panels | Halves | Transformed = weight.detach().to(dtype)
+        self.held: Tensor | Eight | Panels | Transformed = weight.detach().to(dtype)
         self.error = torch.zeros(2, dtype=torch.float64)  # squared, of the weight and what it is relative to
 
     def hold(self, bits8: bool, weight: Tensor) -> None:
@@ -106,7 +106,7 @@ class Packed(nn.Module):
     @property
     def full(self) -> Tensor:
         """The weight, as a product takes it."""
-        assert not isinstance(self.held, Panels | Halves | Transformed)
+        assert not isinstance(self.held, Panels | Transformed)
         return self.held.full() if isinstance(self.held, Eight) else self.held
 
     @property

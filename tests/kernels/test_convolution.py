@@ -9,7 +9,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from reverie.kernels.convolution import convolution
-from reverie.kernels.dispatch import has
 
 room = sys.modules[convolution.__module__]
 
@@ -22,13 +21,6 @@ SHAPES = st.tuples(
 )
 # Relative, in the 2-norm: of the result, and of the gradients of images, weight and bias.
 NEAR = {torch.bfloat16: (4e-3, 6e-3, 8e-3, 1e-6), torch.float32: (1e-6, 5e-6, 3e-6, 1e-6)}
-
-
-@pytest.fixture(params=list(NEAR), ids=str)
-def dtype(request, level):
-    if not has(room.named(request.param)):
-        pytest.skip(f"{level} multiplies no bfloat16")
-    return request.param
 
 
 def made(dtype, samples, inner, outer, height, width):

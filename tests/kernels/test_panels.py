@@ -31,14 +31,6 @@ def off(y, wanted):
     return float((y.double() - wanted).norm() / wanted.norm().clamp(min=1e-30))
 
 
-@pytest.fixture(params=list(NEAR))
-def dtype(request, level):
-    """A dtype that the library in use has."""
-    if request.param == torch.bfloat16 and level != "avx512bf16":
-        pytest.skip(f"{level} multiplies no bfloat16")
-    return request.param
-
-
 @settings(deadline=None, max_examples=40, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.integers(1, 3),

@@ -10,34 +10,10 @@ from hypothesis import strategies as st
 
 from reverie.kernels import dispatch
 from reverie.kernels.strassen import LEAST, halves, plain, product, serves, unpacked
+from tests.kernels.test_panels import drawn, exact, off
 
 # Relative, in the 2-norm, to a layer's size: what is lost as the sums are rounded.
 NEAR = {torch.float32: 4e-6, torch.bfloat16: 1.2e-2}
-
-
-def drawn(rows, inner, outer, dtype, seed=0):
-    draw = torch.Generator().manual_seed(seed)
-    x = torch.randn(*rows, inner, generator=draw).to(dtype)
-    weight = (torch.randn(outer, inner, generator=draw) / inner**0.5).to(dtype)
-    return x, weight, torch.randn(outer, generator=draw)
-
-
-def exact(x, weight, bias, gated):
-    y = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
-    return y.chunk(2, -1)[0] * F.gelu(y.chunk(2, -1)[1]) if gated else y
-
-
-def off(y, wanted, size=None):
-    size = wanted if size is None else size
-    return float((y.double() - wanted).norm() / size.norm().clamp(min=1e-30))
-
-
-@pytest.fixture(params=list(NEAR))
-def dtype(request, level):
-    """A dtype that the library in use has."""
-    if request.param == torch.bfloat16 and level != "avx512bf16":
-        pytest.skip(f"{level} multiplies no bfloat16")
-    return request.param
 
 
 @settings(deadline=None, max_examples=40, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -60,8 +36,8 @@ def test_it_is_the_formula(dtype, samples, tokens, inner, outer, biased, gated, 
     assert y.shape == wanted.shape
     # A result of few numbers may be next to nothing where its terms are not.
     size = wanted.abs() + (x.double().norm(dim=-1, keepdim=True) * weight.double().norm() / outer**0.5 + 1)
-    assert off(y, wanted, size) < NEAR[dtype]
-    assert off(plain(x, layer), wanted, size) < NEAR[dtype]
+    for found in (y, plain(x, layer)):
+        assert float((found.double() - wanted).norm() / size.norm()) < NEAR[dtype]
 
 
 @pytest.mark.parametrize(("tokens", "inner", "outer", "gated"), [(200, 1280, 320, False), (97, 1400, 200, True)])
@@ -77,7 +53,7 @@ def test_large_layers_are_the_formula(dtype, tokens, inner, outer, gated):
 def test_what_is_multiplied_are_the_sums_of_the_weight(dtype, outer, gated):
     _, weight, _ = drawn((1,), 12, outer, dtype)
     layer = halves(weight, None, dtype, gated)
-    columns = layer.bias.shape[1]
+    columns = len(layer.bias) // 2
     first = outer // 2 if gated else columns
     left, right = (F.pad(rows, (0, 0, 0, columns - len(rows))) for rows in (weight[:first], weight[first:]))
     (b11, b21), (b12, b22) = ([half.T.float() for half in rows.chunk(2, 1)] for rows in (left, right))
