@@ -3,7 +3,7 @@
 A step makes and drops some hundred large tensors. The C library gives each of those back at once, and the next one's
 pages are cleared again by the system as they are first touched: for training the small U-Net a tenth of a step, for
 sampling with Stable Diffusion in bfloat16 a fiftieth. Here PyTorch's own memory on the CPU is left with the C library
-until the process ends; the peak is what it was.
+until the process ends; the peak of a step is what it was.
 """
 
 import ctypes
