@@ -34,8 +34,9 @@ def test_it_is_the_formula(dtype, samples, tokens, inner, outer, biased, gated, 
     y, wanted = product(x, layer), exact(x, weight, bias, gated)
     assert y.dtype == dtype
     assert y.shape == wanted.shape
-    # A result of few numbers may be next to nothing where its terms are not.
-    size = wanted.abs() + (x.double().norm(dim=-1, keepdim=True) * weight.double().norm() / outer**0.5 + 1)
+    # What terms of this size add up to: the sum itself may be next to nothing.
+    size = exact(x.square(), weight.square(), None if bias is None else bias.square(), False).sqrt()
+    size = size.chunk(2, -1)[0] * size.chunk(2, -1)[1] if gated else size
     for found in (y, plain(x, layer)):
         assert float((found.double() - wanted).norm() / size.norm()) < NEAR[dtype]
 
