@@ -187,7 +187,8 @@ API int reverie_normals(const uint64_t* keys, int64_t rows, int64_t count, float
 API int reverie_panel() { return PANEL * W; }
 API int reverie_vector() { return W; }
 
-// shape: samples, height, width, inputs, outputs; height and width of y. Samples share blocks of tiles; where there are fewer blocks than threads, the outputs are shared out as well.
+// shape: samples, height, width, inputs, outputs; height and width of y. Samples share blocks of tiles; where there are
+// fewer blocks than threads, the outputs are shared out as well.
 template <int HIGH, int WIDE, class N, class T = typename N::Number>
 static int winograd(const int64_t* shape, const T* x, const float* u, const float* bias, T* y, int threads) {
     const Image n{shape[0], shape[1], shape[2], shape[3], shape[4]};
@@ -235,21 +236,41 @@ WINOGRAD(2, 4, Half, uint16_t, _bfloat16)
 WINOGRAD(4, 4, Half, uint16_t, _bfloat16)
 #endif
 
-// shape: rows, inputs in words, outputs. Blocks of rows, and where there are fewer of them than threads, of outputs too.
+// Call run(begin, end, from, until) for blocks of rows, at most so many and in whole tiles, and where there are fewer of them
+// than threads, for parts of the panels too.
+template <class F> static void in_blocks(long rows, long most, long panels, int threads, const F& run) {
+    const long tiles = (rows + rows_of(PANEL) - 1) / rows_of(PANEL);
+    long blocks = (rows + most - 1) / most;
+    if (tiles >= threads) blocks = (blocks + threads - 1) / threads * threads;
+    const long wanted = (threads + blocks - 1) / blocks, parts = wanted < panels ? wanted : panels;
+#pragma omp parallel for num_threads(threads) schedule(dynamic) if (threads > 1)
+    for (long task = 0; task < blocks * parts; task++) {
+        const long block = task / parts, part = task % parts, end = tiles * (block + 1) / blocks * rows_of(PANEL);
+        run(tiles * block / blocks * rows_of(PANEL), end < rows ? end : rows, panels * part / parts,
+            panels * (part + 1) / parts);
+    }
+}
+
+// shape: rows, inputs in words, outputs.
 template <class N, class T = typename N::Number>
 static int linear(const int64_t* shape, const T* x, const float* w, const float* bias, const T* onto, T* y, int gated,
                   int threads) {
     const Linear<N> l{shape[0], shape[1], shape[2], x, w, bias, onto, y, gated != 0};
-    const long tiles = (l.rows + rows_of(PANEL) - 1) / rows_of(PANEL);
-    long blocks = (l.rows + l.block() - 1) / l.block();
-    if (tiles >= threads) blocks = (blocks + threads - 1) / threads * threads;
-    const long wanted = (threads + blocks - 1) / blocks, parts = wanted < l.panels() ? wanted : l.panels();
-#pragma omp parallel for num_threads(threads) schedule(dynamic) if (threads > 1)
-    for (long task = 0; task < blocks * parts; task++) {
-        const long block = task / parts, part = task % parts, end = tiles * (block + 1) / blocks * rows_of(PANEL);
-        l.run(tiles * block / blocks * rows_of(PANEL), end < l.rows ? end : l.rows, l.panels() * part / parts,
-              l.panels() * (part + 1) / parts);
-    }
+    in_blocks(l.rows, l.block(), l.panels(), threads,
+              [&](long begin, long end, long from, long until) { l.run(begin, end, from, until); });
+    return 0;
+}
+
+// shape: samples, rows of each, half of the inputs in words, outputs.
+template <class N, class T = typename N::Number>
+static int strassen(const int64_t* shape, const T* x, const float* w, const float* bias, const T* onto, T* y, int gated,
+                    int threads) {
+    const Strassen<N> l(shape, x, w, bias, onto, y, gated != 0);
+    const Scratch scratch(threads, l.scratch());
+    if (!scratch.data) return 1;
+    in_blocks(l.pairs(), l.PAIRS, l.panels(), threads, [&](long begin, long end, long from, long until) {
+        l.run(begin, end, from, until, scratch.of(omp_get_thread_num()));
+    });
     return 0;
 }
 
@@ -262,43 +283,6 @@ static int linear_weights(const int64_t* shape, const float* weight, float* u, i
     return 0;
 }
 
-#define LINEAR(N, T, SUFFIX)                                                                                          \
-    API int reverie_linear_weights##SUFFIX(const int64_t* shape, const float* weight, float* u, int gated,            \
-                                           int threads) {                                                             \
-        return linear_weights<N>(shape, weight, u, gated, threads);                                                   \
-    }                                                                                                                 \
-    API int reverie_linear##SUFFIX(const int64_t* shape, const T* x, const float* w, const float* bias,               \
-                                   const T* onto, T* y, int gated, int threads) {                                     \
-        return linear<N>(shape, x, w, bias, onto, y, gated, threads);                                                 \
-    }
-
-LINEAR(Single, float, )
-#ifdef __AVX512BF16__
-LINEAR(Half, uint16_t, _bfloat16)
-#endif
-
-// shape: samples, rows of each, half of the inputs in words, outputs. Blocks of pairs of rows, and where there are fewer of them
-// than threads, of outputs too.
-template <class N, class T = typename N::Number>
-static int strassen(const int64_t* shape, const T* x, const float* w, const float* bias, const T* onto, T* y, int gated,
-                    int threads) {
-    const Strassen<N> l(shape, x, w, bias, onto, y, gated != 0);
-    const long tiles = (l.pairs() + rows_of(PANEL) - 1) / rows_of(PANEL);
-    long blocks = (l.pairs() + l.PAIRS - 1) / l.PAIRS;
-    if (tiles >= threads) blocks = (blocks + threads - 1) / threads * threads;
-    const long wanted = (threads + blocks - 1) / blocks, parts = wanted < l.panels() ? wanted : l.panels();
-    const Scratch scratch(threads, l.scratch());
-    if (!scratch.data) return 1;
-#pragma omp parallel for num_threads(threads) schedule(dynamic) if (threads > 1)
-    for (long task = 0; task < blocks * parts; task++) {
-        const long block = task / parts, part = task % parts, end = tiles * (block + 1) / blocks * rows_of(PANEL);
-        l.run(tiles * block / blocks * rows_of(PANEL), end < l.pairs() ? end : l.pairs(), l.panels() * part / parts,
-              l.panels() * (part + 1) / parts, scratch.of(omp_get_thread_num()));
-    }
-    return 0;
-}
-
-// shape: outputs of y, inputs.
 template <class N>
 static int strassen_weights(const int64_t* shape, const float* weight, float* u, int gated, int threads) {
     const Halves<N> halves{weight, shape[0], shape[1], gated != 0, u};
@@ -307,19 +291,21 @@ static int strassen_weights(const int64_t* shape, const float* weight, float* u,
     return 0;
 }
 
-#define STRASSEN(N, T, SUFFIX)                                                                                        \
-    API int reverie_strassen_weights##SUFFIX(const int64_t* shape, const float* weight, float* u, int gated,          \
+#define LAYER(NAME, N, T, SUFFIX)                                                                                     \
+    API int reverie_##NAME##_weights##SUFFIX(const int64_t* shape, const float* weight, float* u, int gated,          \
                                              int threads) {                                                           \
-        return strassen_weights<N>(shape, weight, u, gated, threads);                                                 \
+        return NAME##_weights<N>(shape, weight, u, gated, threads);                                                   \
     }                                                                                                                 \
-    API int reverie_strassen##SUFFIX(const int64_t* shape, const T* x, const float* w, const float* bias,             \
-                                     const T* onto, T* y, int gated, int threads) {                                   \
-        return strassen<N>(shape, x, w, bias, onto, y, gated, threads);                                               \
+    API int reverie_##NAME##SUFFIX(const int64_t* shape, const T* x, const float* w, const float* bias,               \
+                                   const T* onto, T* y, int gated, int threads) {                                     \
+        return NAME<N>(shape, x, w, bias, onto, y, gated, threads);                                                   \
     }
 
-STRASSEN(Single, float, )
+LAYER(linear, Single, float, )
+LAYER(strassen, Single, float, )
 #ifdef __AVX512BF16__
-STRASSEN(Half, uint16_t, _bfloat16)
+LAYER(linear, Half, uint16_t, _bfloat16)
+LAYER(strassen, Half, uint16_t, _bfloat16)
 #endif
 
 // shape: samples, height, width, inputs, outputs. dw: (threads, outputs, 3, 3, inputs in whole vectors); db: (threads,
