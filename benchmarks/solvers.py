@@ -39,8 +39,9 @@ from torch import Tensor
 
 from reverie.diffusion.denoisers import Denoiser
 from reverie.diffusion.grids import uniform_log_snr
+from reverie.diffusion.lengthening import lengthened
 from reverie.diffusion.oracle_stack import random_circles, random_stack
-from reverie.diffusion.polish import follow
+from reverie.diffusion.polish import Aim, follow
 from reverie.diffusion.recipes import general
 from reverie.diffusion.registry import schedules
 from reverie.diffusion.runge_kutta_pair import integrate
@@ -55,7 +56,9 @@ PACKAGES = ("reverie", "torch", "numpy", "diffusers", "k-diffusion")
 NFES = (4, 5, 6, 8, 10, 15, 20, 30, 50)
 TUNED_ON, UNSEEN = (0, 1, 2, 3), (100, 101, 102, 103)  # seeds of the mixtures
 TRAINING, STAGES = 512, 4  # evenly drawn starts of each mixture in a stage, and as many at borders; stages
-BORDERS = (10.0, 30.0, 100.0)  # for how much those at borders count: a solver is made by each
+# Of each solver that is made: for how much the mean error counts, and starts at borders.
+WAYS = ((0.5, 30.0), (0.5, 100.0), (0.9, 30.0), (0.9, 100.0))
+CHOICE = 0.8  # for how much the root mean square counts beside the typical error when one of them is chosen
 CHOOSING = 8192  # other starts of each mixture, drawn evenly, by which one of them is chosen
 EXACT, MANY = 300, 1000  # steps of their exact solution; of the truth where a schedule begins with noise alone
 DRAWS = 100  # of the starts, for an interval
@@ -168,22 +171,31 @@ class Lessons:
         return [[even, dataclasses.replace(border, part=part)] for even, border in self.stages]
 
 
-def tuned_recipe(lessons: Lessons, evaluations: int, options: argparse.Namespace) -> Recipe:
-    """Return the best of some recipes that are found, by the typical and the root mean square error of other starts."""
+def tuned_recipe(lessons: Lessons, evaluations: int, fewer: list[Recipe], options: argparse.Namespace) -> Recipe:
+    """Return the best of some recipes that are found, by the typical and the root mean square error of other starts.
+
+    Arguments:
+        lessons: What they are found from.
+        evaluations: Their steps.
+        fewer: Solvers of fewer steps that were found before.
+        options: The script's.
+    """
     ready = general_recipe(lessons.walked.denoiser.schedule, evaluations, lessons.walked.numbers)
+    known = [ready, *(lengthened(lessons.stages[0], one, evaluations) for one in fewer[-1:])]
     found = [
         tune(
             [lessons.walked],
             evaluations,
             options.walks,
             options.rounds,
-            more=[ready],
-            stages=lessons.with_borders(part),
+            more=known,
+            stages=lessons.with_borders(border),
+            aim=Aim(mean),
         )[0]
-        for part in BORDERS
+        for mean, border in WAYS
     ]
     others = lessons.choosing
-    return min([ready, *found], key=lambda recipe: loss([others], [follow(others, recipe).x[-1]]))
+    return min([*known, *found], key=lambda recipe: loss([others], [follow(others, recipe).x[-1]], CHOICE))
 
 
 def peer_errors(starts: Starts, evaluations: int, folder: Path | None) -> dict[str, Tensor]:
@@ -250,6 +262,7 @@ def column(starts: Starts, nfe: int, recipe: Recipe | None, folder: Path | None)
         tuned = starts.errors(fitted(recipe), nfe)
         pairs |= {"tuned": (tuned, "known"), "unseen": (tuned, "unseen")}
     found: dict[str, Any] = {"dimension": starts.dimension, "evaluations": nfe}
+    found["recipe"] = None if recipe is None else dataclasses.asdict(recipe)
     for word in STATISTICS:
         found[word] = {
             name: beside(word, {peer: errors[parts[part]] for peer, errors in peers.items()}, own[parts[part]])
@@ -287,7 +300,7 @@ def main() -> None:
     parser.add_argument("--evaluations", default=",".join(map(str, NFES)), help="with commas")
     parser.add_argument("--schedule", default="linear", help="by name")
     parser.add_argument("--walks", type=int, default=10, help="candidate grids that tune may try")
-    parser.add_argument("--rounds", type=int, default=12, help="rounds of polishing")
+    parser.add_argument("--rounds", type=int, default=24, help="rounds of polishing")
     parser.add_argument("--starts", type=int, default=8192, help="starts of each mixture")
     parser.add_argument("--most", type=int, default=20, help="evaluations up to which a solver is tuned")
     parser.add_argument("--peers", type=Path, help="a folder where the truth and the peers' errors are kept, and read")
@@ -299,8 +312,10 @@ def main() -> None:
         starts = Starts(dimension, (*TUNED_ON, *UNSEEN), options.starts, "solvers", options.peers, options.schedule)
         nfes = [int(word) for word in options.evaluations.split(",")]
         lessons = Lessons.of(dimension, options.schedule) if min(nfes) <= options.most else None
+        found: list[Recipe] = []
         for nfe in nfes:
-            recipe = tuned_recipe(lessons, nfe, options) if lessons and nfe <= options.most else None
+            recipe = tuned_recipe(lessons, nfe, found, options) if lessons and nfe <= options.most else None
+            found += [] if recipe is None else [recipe]
             rows.append(column(starts, nfe, recipe, options.peers))
             print(f"{dimension}-D, {nfe}, {time.perf_counter() - began:.0f} s: {brief(rows[-1])}", file=sys.stderr)
             if options.json:

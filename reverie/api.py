@@ -7,6 +7,7 @@ samples = rv.sample(model, 16, classes=7, steps=20, guidance=2.0, seed=0)
 samples.pil()[0].save("seven.png")
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -156,7 +157,8 @@ def make_config(options: Mapping[str, Any]) -> Any:
     for name in options:
         if name not in TrainConfig.model_fields:
             raise UsageError(f"train has no option {name!r}{nearest(name, TrainConfig.model_fields)}")
+    plain = {name: os.fspath(value) if isinstance(value, os.PathLike) else value for name, value in options.items()}
     try:
-        return TrainConfig(**options)
+        return TrainConfig(**plain)
     except ValidationError as error:
         raise UsageError(sentence(error, shown=100)) from None

@@ -118,7 +118,7 @@ def test_a_run_is_trained_loaded_and_sampled(tmp_path):
     """From data to pictures, and the folder that it leaves is a model as well."""
     pytest.importorskip("sklearn")
     quiet = {"sample_every": 0, "validate_every": 0, "preset": "tiny", "limit": 64, "batch_size": 8, "save_every": 2}
-    run = rv.train(data="digits", out=str(tmp_path / "run"), steps=4, **quiet)
+    run = rv.train(data="digits", out=tmp_path / "run", steps=4, **quiet)
     model = rv.load(run)
     assert model.card.training.steps == 4
     assert model.digest == rv.load(run / "model").digest

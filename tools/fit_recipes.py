@@ -36,9 +36,10 @@ from torch import Tensor
 
 import reverie as rv
 from reverie.diffusion.grids import uniform_log_snr
+from reverie.diffusion.lengthening import lengthened
 from reverie.diffusion.levels import levels
 from reverie.diffusion.oracle_stack import MixtureStack, random_circles, random_stack
-from reverie.diffusion.polish import FLOOR, attempt, polish, squares
+from reverie.diffusion.polish import FLOOR, Aim, attempt, judged, polish, squares
 from reverie.diffusion.recipes import FILE, of_row
 from reverie.diffusion.registry import schedules
 from reverie.diffusion.samplers.base import Sampler
@@ -47,7 +48,7 @@ from reverie.diffusion.samplers.learned import Learned, Recipe
 from reverie.diffusion.schedules import Schedule
 from reverie.diffusion.starts import Circles, stages
 from reverie.diffusion.trajectories import Trajectories, trajectories
-from reverie.diffusion.tuning import PAST, judged, published, tune
+from reverie.diffusion.tuning import PAST, published, tune
 from reverie.models.tuning import teach
 
 STEPS = (5, 10, 20, 15, 8, 6, 4, 3, 2, 1, 7, 9, 12, 11, 13, 14, 16, 18, 50, 30)
@@ -58,7 +59,8 @@ FIRST_SEED, TEST_SEED, MIXTURES = 1_000_000, 2_000_000, 6  # seeds of the mixtur
 FIRST, MORE, TEST = 64, 96, 500  # starts of each, drawn evenly: to walk along, to polish on in a stage, to judge by
 EXACT = 300  # steps of the exact solutions
 WALKS, ROUNDS, STAGES = 10, 12, 2
-NOISE = 0.3  # how much errors of the single estimates count (polish.py, 1): the networks that these serve have theirs
+AIM = Aim(noise=0.3)  # (polish.py, 1): the networks that these serve have errors of their own
+MEANS = (0.5, 0.9)  # for how much the mean error counts, of each solver that is fitted
 # How much those errors count, and rounds, of solvers that are hardly moved.
 CAREFUL = tuple(product((0.1, 0.3), (2, 4)))
 SHARES = (0.25, 0.5, 0.75)  # of the way from a solver that the file has to the one that was fitted
@@ -107,17 +109,18 @@ def drawn(
     return *random_stack(*what), random_circles(*what)
 
 
-def fit(lessons: Lessons, steps: int, known: Sequence[Recipe]) -> Recipe:
+def fit(lessons: Lessons, steps: int, known: Sequence[Recipe], mean: float) -> Recipe:
     """Return a solver fitted to some starts, then polished on others; of many steps, the best of those known is."""
+    aim = AIM._replace(mean=mean)
     if steps <= MANY:
-        return tune(lessons.walked, steps, WALKS, ROUNDS, more=known, stages=lessons.stages, noise=NOISE)[0]
-    return polished(lessons.stages, judged(lessons.stages[0], list(known), NOISE)[0][0], ROUNDS, NOISE)
+        return tune(lessons.walked, steps, WALKS, ROUNDS, more=known, stages=lessons.stages, aim=aim)[0]
+    return polished(lessons.stages, judged(lessons.stages[0], list(known), aim)[0][0], ROUNDS, aim)
 
 
-def polished(stages: Sequence[Sequence[Trajectories]], recipe: Recipe, rounds: int, noise: float) -> Recipe:
+def polished(stages: Sequence[Sequence[Trajectories]], recipe: Recipe, rounds: int, aim: Aim) -> Recipe:
     """Return a solver that was polished in each stage in turn."""
     for stage in stages:
-        recipe, _ = polish(stage, recipe, rounds, noise=noise)
+        recipe, _ = polish(stage, recipe, rounds, aim=aim)
     return recipe
 
 
@@ -125,8 +128,9 @@ def careful(lessons: Lessons, steps: int) -> dict[str, Recipe]:
     """Return solvers that are hardly moved from published ones on the grid that is uniform in lambda."""
     first, (begun, *further), found = published(lessons.judging, steps)[::GRIDS], lessons.stages, {}
     for noise, rounds in CAREFUL:
-        recipe, _ = min((polish(begun, one, rounds, noise=noise) for one in first), key=lambda one: one[1])
-        found[f"careful {noise} {rounds}"] = polished(further, recipe, rounds, noise)
+        aim = AIM._replace(noise=noise)
+        recipe, _ = min((polish(begun, one, rounds, aim=aim) for one in first), key=lambda one: one[1])
+        found[f"careful {noise} {rounds}"] = polished(further, recipe, rounds, aim)
     return found
 
 
@@ -161,8 +165,11 @@ def between(first: Recipe, second: Recipe, share: float) -> Recipe:
         tuple((1 - share) * a + share * b for a, b in zip_longest(*rows, fillvalue=0.0))
         for rows in zip(first.weights, second.weights, strict=True)
     ]
-    lam = ((1 - share) * a + share * b for a, b in zip(first.lam, second.lam, strict=True))
-    return Recipe(tuple(lam), tuple(mixed))
+    lam, kept = (
+        tuple((1 - share) * a + share * b for a, b in zip(*pair, strict=True))
+        for pair in ((first.lam, second.lam), (first.kept, second.kept))
+    )
+    return Recipe(lam, tuple(mixed), kept)
 
 
 class Judged(NamedTuple):
@@ -187,7 +194,7 @@ class Judged(NamedTuple):
     @staticmethod
     def of(lessons: Lessons, recipe: Recipe, networks: Sequence[Network]) -> "Judged | None":
         """Judge a solver; None of one that leaves what numbers can hold."""
-        if (tried := attempt(lessons.judging, recipe, NOISE)) is None:
+        if (tried := attempt(lessons.judging, recipe, AIM)) is None:
             return None
         pairs = zip(lessons.judging[::2], tried[0][::2], strict=True)  # without those at borders
         squared = [squares(one, path.x[-1]) + FLOOR for one, path in pairs]
@@ -228,6 +235,7 @@ def rounded(recipe: Recipe) -> dict[str, Any]:
     return {
         "lam": [round(value, 6) for value in recipe.lam],
         "weights": [[round(value, 6) for value in row] for row in recipe.weights],
+        "kept": [round(value, 6) for value in recipe.kept],
     }
 
 
@@ -255,11 +263,17 @@ def main() -> None:
                 candidates["adams"] = adams(schedule, uniform_log_snr(schedule, steps), PAST + 1)
             if str(steps) in rows:
                 candidates["kept"] = of_row(rows[str(steps)])
-            candidates["fitted"] = fit(lessons, steps, list(candidates.values()))
+            fewer = max((n for n in map(int, rows) if n < steps), default=0)
+            if fewer:
+                longer = lengthened(lessons.stages[0], of_row(rows[str(fewer)]), steps, aim=AIM)
+                candidates["lengthened"] = longer
+            fitted = {f"fitted {mean}": fit(lessons, steps, list(candidates.values()), mean) for mean in MEANS}
             if networks and not teachers:
                 candidates |= careful(lessons, steps)
             before = candidates.get("kept", candidates[UNIPC])
-            candidates |= {f"between {share}": between(before, candidates["fitted"], share) for share in SHARES}
+            for word, recipe in fitted.items():
+                ways = {f"{word}, between {share}": between(before, recipe, share) for share in SHARES}
+                candidates |= {word: recipe} | ways
             tried = {word: Judged.of(lessons, recipe, networks) for word, recipe in candidates.items()}
             found = {word: one for word, one in tried.items() if one is not None}
             best = chosen(found)

@@ -19,7 +19,7 @@ by
 
 lowers (1): Levenberg's and Marquardt's rule does. The derivatives are carried along the walk, in forward mode; how an
 estimate changes with x is a difference of two, unless the denoiser says it itself. So nothing is differentiated by a
-graph, and any denoiser will do, guided or clipped; a round costs about 3 N^2 evaluations of each sample for N steps.
+graph, and any denoiser will do, guided or clipped; a round costs about 3.5 N^2 evaluations of each sample for N steps.
 
 References:
     S4S: Solving for a Diffusion Model Solver (Frankel et al., 2025)
@@ -33,7 +33,7 @@ References:
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -41,20 +41,34 @@ from torch import Tensor
 
 from reverie.base.errors import NonFiniteError
 from reverie.diffusion.denoisers import Denoiser
+from reverie.diffusion.grids import ends
 from reverie.diffusion.levels import Level, levels
 from reverie.diffusion.predictions import Data
 from reverie.diffusion.samplers.base import ask
 from reverie.diffusion.samplers.learned import Recipe, factors
 from reverie.diffusion.trajectories import Trajectories
 
-MEAN = 0.5  # a of (1)
 TYPICAL = 0.1  # f of (1), in medians of the squared error
-NOISE = 1e-3  # b of (1), where the model that is fitted to is the one that is sampled
-NUDGE = 1e-5  # for the derivatives of g
+NUDGE = 1e-5  # in lambda, or in a weight, for derivatives of what is known to rounding
 FLOOR = 1e-14  # added to squared errors before their logarithm is taken
 GAP = 0.02  # the least step, in lambda
 TRIES = 6  # dampings that a round tries
 ENOUGH = 1e-3  # what a round must gain for another to follow
+
+
+class Aim(NamedTuple):
+    """What counts for how much in (1).
+
+    Arguments:
+        mean: a: the mean error, beside the typical one.
+        noise: b: errors of the single estimates. Little, where the model that is fitted to is the one that is sampled.
+    """
+
+    mean: float = 0.5
+    noise: float = 1e-3
+
+
+AIM = Aim()
 
 
 @runtime_checkable
@@ -78,15 +92,33 @@ class Path:
     estimates: list[Data]
 
 
+class Bounds(NamedTuple):
+    """What the lambdas of all steps but the first are above, and that of the last at most."""
+
+    least: float
+    most: float
+
+    @staticmethod
+    def of(one: Trajectories) -> "Bounds":
+        """Return those of a set's schedule and grid."""
+        return Bounds(ends(one.denoiser.schedule)[0] / 2, max(level.lam for level in one.known))
+
+
 def follow(one: Trajectories, recipe: Recipe) -> Path:
     """Return the walk of a recipe from where a set's trajectories start."""
     known = recipe_levels(one, recipe)
-    xs, estimates = [one.x[0]], []
+    xs, estimates = [begun(one, known[0].t)], []
     for k, row in enumerate(recipe.weights):
         estimates.append(estimate(one.denoiser, xs[-1], known[k]))
-        keep, gain = factors(known[k], known[k + 1])
+        keep, gain = recipe.factors(k, known[k], known[k + 1])
         xs.append(keep * xs[-1] + gain * blend(row, estimates))
     return Path(xs, estimates)
+
+
+def begun(one: Trajectories, t: float) -> Data:
+    """Return the noise that a set's trajectories start from, as noise alone at time t."""
+    first, own = one.denoiser.schedule.prior_std(torch.tensor([t, 1.0], dtype=torch.float64)).tolist()
+    return one.x[0] * (first / own)
 
 
 def recipe_levels(one: Trajectories, recipe: Recipe) -> list[Level]:
@@ -131,14 +163,14 @@ def parts(sets: Sequence[Trajectories]) -> list[float]:
     return [one.part / sum(other.part for other in sets) for one in sets]
 
 
-def measure(sets: Sequence[Trajectories], recipe: Recipe, paths: Sequence[Path], noise: float = NOISE) -> float:
-    """Return L of (1), with b `noise`."""
+def measure(sets: Sequence[Trajectories], recipe: Recipe, paths: Sequence[Path], aim: Aim = AIM) -> float:
+    """Return L of (1)."""
     total = 0.0
     for one, path, part in zip(sets, paths, parts(sets), strict=True):
         d = distances(one, path.x[-1])
         typical = (one.share * d.log()).sum().item()
-        total += 2 * part * ((1 - MEAN) * typical + MEAN * math.log((one.share * d).sum().item()))
-    return total + noise * float(gains(recipe).square().sum())
+        total += 2 * part * ((1 - aim.mean) * typical + aim.mean * math.log((one.share * d).sum().item()))
+    return total + aim.noise * float(gains(recipe).square().sum())
 
 
 def gains(recipe: Recipe) -> Float[Tensor, " n"]:
@@ -158,15 +190,16 @@ def gains(recipe: Recipe) -> Float[Tensor, " n"]:
     z, estimates, errors = torch.zeros(n, dtype=torch.float64), list[Tensor](), torch.eye(n, dtype=torch.float64)
     for k, row in enumerate(recipe.weights):
         estimates.append(z / (1 + rho[k] ** 2) + errors[k])
-        kept = rho[k + 1] / rho[k]
-        z = kept * z + (1 - kept) * blend(row, estimates)
+        share = rho[k + 1] / rho[k]
+        z = share * (recipe.kept[k] if k + 1 < n else 0.0) * z + (1 - share) * blend(row, estimates)
     return z
 
 
-def gains_slope(recipe: Recipe, most: float) -> Float[Tensor, "n p"]:
+def gains_slope(recipe: Recipe, bounds: Bounds) -> Float[Tensor, "n p"]:
     """Return how the gains change with each of the recipe's numbers, by differences."""
     theta, here = pack(recipe), gains(recipe)
-    moved = [gains(unpack(theta + NUDGE * axis, recipe, most)) for axis in torch.eye(len(theta), dtype=torch.float64)]
+    axes = torch.eye(len(theta), dtype=torch.float64)
+    moved = [gains(unpack(theta + NUDGE * axis, recipe, bounds)) for axis in axes]
     return (torch.stack(moved, 1) - here[:, None]) / NUDGE
 
 
@@ -174,22 +207,24 @@ def gains_slope(recipe: Recipe, most: float) -> Float[Tensor, "n p"]:
 
 
 def pack(recipe: Recipe) -> Float[Tensor, " p"]:
-    """Return a recipe's numbers: of each step its weights, and the lambda of the next."""
-    ahead = [*recipe.lam[1:], None]
-    numbers = [[*row, *([] if lam is None else [lam])] for row, lam in zip(recipe.weights, ahead, strict=True)]
+    """Return a recipe's numbers: of each step its lambda, its weights, and what it keeps."""
+    kept = [*((f,) for f in recipe.kept), ()]
+    numbers = [[lam, *row, *keep] for lam, row, keep in zip(recipe.lam, recipe.weights, kept, strict=True)]
     return torch.tensor([value for part in numbers for value in part], dtype=torch.float64)
 
 
-def unpack(theta: Float[Tensor, " p"], like: Recipe, most: float) -> Recipe:
-    """Return the recipe of these numbers, its lambdas moved apart and below the last where they aren't."""
-    left, lam, rows = theta.tolist(), [like.lam[0]], []
+def unpack(theta: Float[Tensor, " p"], like: Recipe, bounds: Bounds) -> Recipe:
+    """Return the recipe of these numbers, its lambdas moved apart and between the bounds where they aren't."""
+    left, lam = theta.tolist(), list[float]()
+    rows, kept = list[tuple[float, ...]](), list[float]()
     for k, row in enumerate(like.weights):
-        rows.append(tuple(left[: len(row)]))
-        if k + 1 < like.steps:
-            due = min(left[len(row)], most - GAP * (like.steps - 2 - k))
-            lam.append(max(due, lam[-1] + GAP))
-        left = left[len(row) + 1 :]
-    return Recipe(tuple(lam), tuple(rows))
+        due = min(left.pop(0), bounds.most - GAP * (like.steps - 1 - k))
+        # The first may stay at t = 1, of which nothing says where it is in lambda.
+        above = max(lam[-1], bounds.least) + GAP if lam else min(like.lam[0], bounds.least)
+        lam.append(max(due, above))
+        rows.append(tuple(left.pop(0) for _ in row))
+        kept += [left.pop(0)] if k + 1 < like.steps else []
+    return Recipe(tuple(lam), tuple(rows), tuple(kept))
 
 
 # Derivatives ------------------------------------------------------------------------------------
@@ -200,33 +235,34 @@ def derivatives(one: Trajectories, recipe: Recipe, path: Path) -> Float[Tensor, 
     known, numbers = recipe_levels(one, recipe), len(pack(recipe))
     x = path.x[0].flatten(1)
     moved = torch.zeros(*x.shape, numbers, dtype=x.dtype, device=x.device)
+    moved[..., 0] = beginning_change(one, known[0]).flatten(1)
     told: list[Tensor] = []  # of the last estimates, for the numbers that came before each
-    used, past_used = 0, max(len(row) for row in recipe.weights)
+    before, past_used = 1, max(len(row) for row in recipe.weights)
     for k, row in enumerate(recipe.weights):
-        here, there, before = known[k], known[k + 1], used
-        change = along(one.denoiser, path.x[k], here, moved[..., :before]) if before else moved[..., :0]
-        if before:  # the last of them is this step's own lambda
-            change[..., -1] += with_lambda(one.denoiser, path.x[k], here, path.estimates[k])
+        here, there, after = known[k], known[k + 1], before + len(row)
+        change = along(one.denoiser, path.x[k], here, moved[..., :before])
+        change[..., -1] += with_lambda(one.denoiser, path.x[k], here, path.estimates[k])  # its own is the last of them
         told = [*told, change][-past_used:]
-        keep, gain = factors(here, there)
-        past = path.estimates[: k + 1]
+        keep, gain = recipe.factors(k, here, there)
+        past, state = path.estimates[: k + 1], path.x[k].flatten(1)
         total = blend(row, past).flatten(1)
         moved[..., :before] *= keep
         for c, estimate_moved in zip(row, reversed(told), strict=False):
             moved[..., : estimate_moved.shape[-1]].add_(estimate_moved, alpha=gain * c)
-        if before:
-            moved[..., before - 1] += factor_change(one, here, there, True, path.x[k].flatten(1), total)
+        moved[..., before - 1] += factor_change(one, recipe, k, known, k, state, total)
         for j in range(len(row)):
-            moved[..., used + j] = gain * past[-1 - j].flatten(1)
-        used += len(row)
+            moved[..., before + j] = gain * past[-1 - j].flatten(1)
         if k + 1 < recipe.steps:
-            moved[..., used] = factor_change(one, here, there, False, path.x[k].flatten(1), total)
-            used += 1
+            moved[..., after] = factors(here, there)[0] * state
+            moved[..., after + 1] = factor_change(one, recipe, k, known, k + 1, state, total)
+        before = after + 2
     return moved
 
 
 def along(denoiser: Denoiser, x: Data, level: Level, moves: Float[Tensor, "m n p"]) -> Float[Tensor, "m n p"]:
     """Return how the estimate changes as x moves along each of some directions."""
+    if math.isinf(level.lam):  # there is nothing of the data in x
+        return torch.zeros_like(moves)
     t = torch.tensor([level.t], dtype=torch.float64, device=x.device).expand(len(x))
     if isinstance(denoiser, Smooth):
         return denoiser.along(x, t, moves)
@@ -247,8 +283,19 @@ def nudge(x: Tensor) -> float:
 
 def with_lambda(denoiser: Denoiser, x: Data, level: Level, here: Data) -> Float[Tensor, "m n"]:
     """Return how the estimate changes with lambda, x being where it is."""
-    (near,) = at_lambda(denoiser, [level.lam - (size := nudge(x))])
-    return (here - estimate(denoiser, x, near)).flatten(1) / size
+    if math.isinf(level.lam):  # nor does t = 1 change with it
+        return torch.zeros_like(here).flatten(1)
+    first, size = level.t == 1, nudge(x)
+    (near,) = at_lambda(denoiser, [level.lam + (size if first else -size)])  # before t = 1 there is none
+    return (here - estimate(denoiser, x, near)).flatten(1) / (-size if first else size)
+
+
+def beginning_change(one: Trajectories, first: Level) -> Data:
+    """Return how the noise that a walk begins with changes with the first lambda."""
+    if math.isinf(first.lam):
+        return torch.zeros_like(one.x[0])
+    near, far = at_lambda(one.denoiser, [first.lam, first.lam + NUDGE])
+    return (begun(one, far.t) - begun(one, near.t)) / NUDGE
 
 
 def at_lambda(denoiser: Denoiser, lam: Sequence[float]) -> list[Level]:
@@ -257,13 +304,16 @@ def at_lambda(denoiser: Denoiser, lam: Sequence[float]) -> list[Level]:
     return levels(schedule, schedule.time(2 * torch.tensor(lam, dtype=torch.float64)).clamp(max=1).tolist())
 
 
-def factor_change(one: Trajectories, here: Level, there: Level, first: bool, x: Tensor, total: Tensor) -> Tensor:
-    """Return how a step's result changes with the lambda that it begins at (first), or that it ends at, its estimates
-    being what they are."""
-    size = 1e-5
-    low, high = at_lambda(one.denoiser, [lam + (here if first else there).lam for lam in (-size, size)])
-    ends = [factors(level, there) if first else factors(here, level) for level in (low, high)]
-    keep, gain = ((b - a) / (2 * size) for a, b in zip(*ends, strict=True))
+def factor_change(
+    one: Trajectories, recipe: Recipe, k: int, known: Sequence[Level], of: int, x: Tensor, total: Tensor
+) -> Tensor:
+    """Return how what step k makes of x and its estimates' sum, being what they are, changes with one lambda: that
+    which it begins at, k, or that which it ends at, k + 1."""
+    if math.isinf(known[of].lam):  # as at t = 1
+        return torch.zeros_like(x)
+    low, high = at_lambda(one.denoiser, [known[of].lam + size for size in (-NUDGE, NUDGE)])
+    two = [recipe.factors(k, *(level if j == of else known[j] for j in (k, k + 1))) for level in (low, high)]
+    keep, gain = ((b - a) / (high.lam - low.lam) for a, b in zip(*two, strict=True))
     return keep * x + gain * total
 
 
@@ -275,7 +325,7 @@ def polish(
     recipe: Recipe,
     rounds: int,
     progress: Callable[[int, float], None] | None = None,
-    noise: float = NOISE,
+    aim: Aim = AIM,
 ) -> tuple[Recipe, float]:
     """Return a recipe made better on some sets of trajectories, and L of (1); it is never worse there.
 
@@ -284,18 +334,18 @@ def polish(
         recipe: What to begin with.
         rounds: How often the derivatives may be taken.
         progress: Called with the rounds done and L.
-        noise: b of (1).
+        aim: a and b of (1).
     """
-    most, damping = max(level.lam for level in sets[0].known), 1e-2
+    bounds, damping = Bounds.of(sets[0]), 1e-2
     paths = [follow(one, recipe) for one in sets]
-    best = measure(sets, recipe, paths, noise)
+    best = measure(sets, recipe, paths, aim)
     for done in range(1, rounds + 1):
         found = None
-        normal, gradient = equations(sets, recipe, paths, noise)
+        normal, gradient = equations(sets, recipe, paths, aim)
         for _ in range(TRIES):
             damped = normal + torch.diag(damping * normal.diagonal() + 1e-12 * normal.diagonal().max())
-            tried = unpack(pack(recipe) - torch.linalg.solve(damped, gradient), recipe, most)
-            found = attempt(sets, tried, noise)
+            tried = unpack(pack(recipe) - torch.linalg.solve(damped, gradient), recipe, bounds)
+            found = attempt(sets, tried, aim)
             if found is not None and found[1] < best:
                 damping = max(damping / 4, 1e-7)
                 break
@@ -311,19 +361,23 @@ def polish(
     return recipe, best
 
 
-def attempt(sets: Sequence[Trajectories], recipe: Recipe, noise: float = NOISE) -> tuple[list[Path], float] | None:
+def attempt(sets: Sequence[Trajectories], recipe: Recipe, aim: Aim = AIM) -> tuple[list[Path], float] | None:
     """Return the walks of a recipe and L of (1); None where they leave what numbers can hold."""
     try:
         paths = [follow(one, recipe) for one in sets]
     except NonFiniteError:
         return None
-    value = measure(sets, recipe, paths, noise)
+    value = measure(sets, recipe, paths, aim)
     return (paths, value) if math.isfinite(value) else None
 
 
-def equations(
-    sets: Sequence[Trajectories], recipe: Recipe, paths: Sequence[Path], noise: float
-) -> tuple[Tensor, Tensor]:
+def judged(sets: Sequence[Trajectories], recipes: Sequence[Recipe], aim: Aim = AIM) -> list[tuple[Recipe, float]]:
+    """Return recipes with their errors on some sets, the best first; without those that leave what numbers can hold."""
+    found = [(recipe, tried[1]) for recipe in recipes if (tried := attempt(sets, recipe, aim)) is not None]
+    return sorted(found, key=lambda one: one[1])
+
+
+def equations(sets: Sequence[Trajectories], recipe: Recipe, paths: Sequence[Path], aim: Aim) -> tuple[Tensor, Tensor]:
     """Return the normal equations' matrix (P, P) and right-hand side (P,), of the squares weighted by (2)."""
     numbers = len(pack(recipe))
     matrix = torch.zeros(numbers, numbers, dtype=torch.float64)
@@ -331,10 +385,10 @@ def equations(
     for one, path, part in zip(sets, paths, parts(sets), strict=True):
         slope = derivatives(one, recipe, path).double()
         d = distances(one, path.x[-1])
-        weight = part * one.share / d * ((1 - MEAN) / d + MEAN / (one.share * d).sum())
+        weight = part * one.share / d * ((1 - aim.mean) / d + aim.mean / (one.share * d).sum())
         weighted = slope * (weight / (one.numbers * one.scale.square()))[:, None, None]
         off = (path.x[-1] - one.end).double().flatten()
         matrix += (weighted.flatten(0, 1).mT @ slope.flatten(0, 1)).cpu()
         side += (off @ weighted.flatten(0, 1)).cpu()
-    slope = gains_slope(recipe, max(level.lam for level in sets[0].known))
-    return matrix + noise * slope.mT @ slope, side + noise * slope.mT @ gains(recipe)
+    slope = gains_slope(recipe, Bounds.of(sets[0]))
+    return matrix + aim.noise * slope.mT @ slope, side + aim.noise * slope.mT @ gains(recipe)

@@ -55,7 +55,7 @@ def general(schedule: Schedule, steps: int, numbers: int) -> Recipe | None:
 
 def of_row(row: Mapping[str, Any]) -> Recipe:
     """Return the recipe that a row of the file holds."""
-    return Recipe(tuple(row["lam"]), tuple(tuple(weights) for weights in row["weights"]))
+    return Recipe(tuple(row["lam"]), tuple(tuple(weights) for weights in row["weights"]), tuple(row.get("kept", ())))
 
 
 def alike(schedule: Schedule, name: str) -> bool:

@@ -23,7 +23,7 @@ References:
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -32,8 +32,9 @@ from torch import Tensor
 
 from reverie.base.errors import UsageError
 from reverie.diffusion.grids import karras, trailing, uniform_log_snr
+from reverie.diffusion.lengthening import lengthened
 from reverie.diffusion.levels import Level, levels
-from reverie.diffusion.polish import NOISE, attempt, polish, squares
+from reverie.diffusion.polish import AIM, Aim, begun, judged, polish, squares
 from reverie.diffusion.predictions import Data
 from reverie.diffusion.samplers.base import Sampler, ask
 from reverie.diffusion.samplers.dpmpp import DPMpp2M, DPMpp3M
@@ -43,6 +44,7 @@ from reverie.diffusion.trajectories import Trajectories
 
 PAST = 4  # past estimates that a step may use
 RIDGE = 1e-6  # of (1), relative to the mean square of the estimates
+BEGINS = (-3.0, -2.0, -1.0)  # lambdas at which a solver may begin, beside that of t = 1
 SIEVE = ((2, 4), (4, 2))  # rounds of polishing, and how many of the candidates have them
 FLOOR = 1e-12  # added to squared errors before their logarithm is taken
 
@@ -76,11 +78,11 @@ def walk(sets: Sequence[Trajectories], nodes: Sequence[int], before: Walk | None
 
     Arguments:
         sets: Exact trajectories, of one model or of several, on one fine grid.
-        nodes: Indices into it, rising from 0.
+        nodes: Indices into it, rising; at the first is noise alone.
         before: An earlier walk: what both have in common is not evaluated again.
     """
     shared = common(before.nodes, nodes) if before else 0
-    x = before.x[:shared] if before and shared else [[one.x[0] for one in sets]]
+    x = before.x[:shared] if before and shared else [[begun(one, one.known[nodes[0]].t) for one in sets]]
     estimates = before.estimates[:shared] if before else []
     weights: list[tuple[float, ...]] = before.weights[: max(shared - 1, 0)] if before else []
     for k in range(max(shared - 1, 0), len(nodes)):
@@ -133,22 +135,30 @@ def ridge(basis: Float[Tensor, "k n"], goal: Float[Tensor, " n"]) -> list[float]
     return [found[0] + 1, *found[1:]]
 
 
-def loss(sets: Sequence[Trajectories], end: Sequence[Data]) -> float:
-    """Return the error at the end, typical and root-mean-square alike; each set counts the same."""
+def loss(sets: Sequence[Trajectories], end: Sequence[Data], mean: float = 0.5) -> float:
+    """Return the error at the end: ln of the mean of squares, for so much, and the mean of their ln; of all sets."""
     total = 0.0
     for one, x in zip(sets, end, strict=True):
         e = squares(one, x) + FLOOR
-        total += ((one.share * e.log()).sum().item() + (one.share * e).sum().log().item()) / 2
+        total += (1 - mean) * (one.share * e.log()).sum().item() + mean * (one.share * e).sum().log().item()
     return total / len(sets)
 
 
 # Choosing the times -------------------------------------------------------------------------------
 
 
-def plan_nodes(sets: Sequence[Trajectories], steps: int) -> list[int]:
+def plan_nodes(sets: Sequence[Trajectories], steps: int, first: int = 0) -> list[int]:
     """Return nodes by dynamic programming: the sum of the squared errors (1) of steps through two estimates, each
     made on the exact trajectory and shrunk by what the flow does to it later, as for Gaussian data of that spread.
+
+    Arguments:
+        sets: Exact trajectories.
+        steps: How many nodes.
+        first: The first of them.
     """
+    if first:
+        rest = [replace(one, known=one.known[first:], x=one.x[first:], x0=one.x0[first:]) for one in sets]
+        return [first + node for node in plan_nodes(rest, steps)]
     fine = sets[0].known
     n = len(fine)
     gram, cross, moved = products(sets)
@@ -222,7 +232,7 @@ def tune(
     progress: Callable[[int, float], None] | None = None,
     more: Sequence[Recipe] = (),
     stages: Sequence[Sequence[Trajectories]] = (),
-    noise: float = NOISE,
+    aim: Aim = AIM,
 ) -> tuple[Recipe, float]:
     """Return the fitted solver of so many steps, and its error: the logarithm of what `loss` says, or `polish`.
 
@@ -232,10 +242,10 @@ def tune(
         walks: How many candidate grids may be walked, at least 1.
         rounds: How many rounds of polishing the best of all may have; 0 for none, and none but the grids.
         progress: Called with the number of walks, or of rounds, and the least error (its logarithm) after each.
-        more: Solvers of so many steps that may be polished as well.
+        more: Solvers of as many steps, or fewer (lengthening.py), that may be polished as well.
         stages: What solvers are polished on instead of the sets: all of them on the first, the best on each of the
             others in turn, which are best drawn anew. Among them are starts at borders (starts.py).
-        noise: How much errors of the single estimates count: b of polish.py (1).
+        aim: What counts for how much: a and b of polish.py (1).
 
     Raises:
         UsageError: steps is out of range.
@@ -249,9 +259,10 @@ def tune(
         return recipe_of(sets, best), best.loss
     candidates = [recipe_of(sets, one) for one in {one.nodes: one for one in (*first, best)}.values()]
     measures = stages or [sets]
-    found = sieve(measures[0], [*candidates, *published(sets, steps), *map(padded, more)], rounds, progress, noise)
+    given = [padded(lengthened(measures[0], one, steps, aim=aim)) for one in more]
+    found = sieve(measures[0], [*candidates, *published(sets, steps), *given], rounds, progress, aim)
     for measure in measures[1:]:
-        found = polish(measure, found[0], rounds, progress, noise)
+        found = polish(measure, found[0], rounds, progress, aim)
     return found
 
 
@@ -261,10 +272,10 @@ def search(sets: Sequence[Trajectories], best: Walk, walks: int, progress: Calla
     stride = max(fine // (2 * steps), 1)
     while stride and done < walks:
         improved = False
-        for k in range(steps - 1, 0, -1):
+        for k in range(steps - 1, -1, -1):
             for shift in (-stride, stride):
                 nodes = [*best.nodes[:k], best.nodes[k] + shift, *best.nodes[k + 1 :]]
-                if done >= walks or nodes[-1] >= fine or any(b <= a for a, b in pairwise(nodes)):
+                if done >= walks or nodes[0] < 0 or nodes[-1] >= fine or any(b <= a for a, b in pairwise(nodes)):
                     continue
                 tried = walk(sets, nodes, best)
                 done += 1
@@ -279,7 +290,7 @@ def search(sets: Sequence[Trajectories], best: Walk, walks: int, progress: Calla
 
 def recipe_of(sets: Sequence[Trajectories], found: Walk) -> Recipe:
     """Return the recipe that a walk has followed."""
-    # Where nothing of the data is left lambda is -inf; the first of a recipe is that of t = 1 anyway.
+    # Where nothing of the data is left lambda is -inf; one before that of t = 1 means the same.
     return Recipe(tuple(max(sets[0].known[node].lam, -100.0) for node in found.nodes), tuple(found.weights))
 
 
@@ -294,7 +305,7 @@ def published(sets: Sequence[Trajectories], steps: int) -> list[Recipe]:
 def padded(recipe: Recipe) -> Recipe:
     """Return a recipe whose steps have weights for as many past estimates as a step may use, some of them 0."""
     full = [(*row, *[0.0] * (min(k, PAST) + 1 - len(row))) for k, row in enumerate(recipe.weights)]
-    return Recipe(recipe.lam, tuple(full))
+    return Recipe(recipe.lam, tuple(full), recipe.kept)
 
 
 def sieve(
@@ -302,32 +313,31 @@ def sieve(
     candidates: Sequence[Recipe],
     rounds: int,
     progress: Callable[[int, float], None] | None,
-    noise: float,
+    aim: Aim,
 ) -> tuple[Recipe, float]:
     """Polish some recipes a little, the better ones of them more, and the best one most; return that, and its error."""
-    known = judged(sets, candidates, noise)
+    known = judged(sets, candidates, aim)
     for few, keep in SIEVE:
         if rounds > 2 * few:
-            known = sorted(
-                (polish(sets, recipe, few, noise=noise) for recipe, _ in known[:keep]), key=lambda one: one[1]
-            )
-    return polish(sets, known[0][0], rounds, progress, noise)
-
-
-def judged(sets: Sequence[Trajectories], recipes: Sequence[Recipe], noise: float = NOISE) -> list[tuple[Recipe, float]]:
-    """Return recipes with their errors on some sets, the best first; without those that leave what numbers can hold."""
-    found = [(recipe, tried[1]) for recipe in recipes if (tried := attempt(sets, recipe, noise)) is not None]
-    return sorted(found, key=lambda one: one[1])
+            known = sorted((polish(sets, recipe, few, aim=aim) for recipe, _ in known[:keep]), key=lambda one: one[1])
+    return polish(sets, known[0][0], rounds, progress, aim)
 
 
 def first_nodes(sets: Sequence[Trajectories], steps: int) -> list[list[int]]:
-    """Return sets of nodes to begin with: by dynamic programming, uniform in lambda, and next to usual grids."""
+    """Return sets of nodes to begin with: by dynamic programming, uniform in lambda, and next to usual grids, from
+    t = 1; by dynamic programming from later times."""
     schedule, known = sets[0].denoiser.schedule, sets[0].known
     even = [round(i * (len(known) - 1) / max(steps - 1, 1)) for i in range(steps)]
     grids = [trailing(schedule, steps)[:-1], karras(schedule, steps)[:-1]]
     near = [nearest_nodes(known, [level.lam for level in levels(schedule, grid.tolist())]) for grid in grids]
-    tried = [plan_nodes(sets, steps), even, *near]
-    return [nodes for nodes in tried if len(nodes) == steps and nodes[0] == 0]
+    later = [i for i in (begins(known, lam) for lam in BEGINS) if 0 < i < len(known) - steps]
+    tried = [plan_nodes(sets, steps), even, *near, *(plan_nodes(sets, steps, i) for i in later)]
+    return [nodes for nodes in tried if len(nodes) == steps]
+
+
+def begins(known: Sequence[Level], lam: float) -> int:
+    """Return the first node that isn't before some lambda."""
+    return next(i for i, level in enumerate(known) if level.lam >= lam or i == len(known) - 1)
 
 
 def nearest_nodes(known: Sequence[Level], lam: Sequence[float]) -> list[int]:

@@ -51,4 +51,4 @@ def choose(card: Card, schedule: Schedule, steps: int, guidance: float | None) -
 
 def recipe(fitted: FittedSolver) -> Recipe:
     """Return the recipe that a card holds."""
-    return Recipe(fitted.lam, fitted.weights)
+    return Recipe(fitted.lam, fitted.weights, fitted.kept)

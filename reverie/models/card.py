@@ -78,6 +78,7 @@ class FittedSolver(Part):
     Arguments:
         lam: lambda = ln(alpha / sigma) at the start of each step.
         weights: The weights of each step's estimates, the current one's first.
+        kept: What each step but the last keeps of its sample, as a part of what is usual; all of it by default.
         guidance: The guidance it was fitted at; None for samples without a class.
         error: Its root-mean-square distance from the exact trajectories' ends, on samples it was not fitted to.
         best_published: The least such distance of the published solvers at as many evaluations.
@@ -85,6 +86,7 @@ class FittedSolver(Part):
 
     lam: Annotated[tuple[float, ...], Field(min_length=1, max_length=1000)]
     weights: tuple[Annotated[tuple[float, ...], Field(min_length=1, max_length=1000)], ...]
+    kept: Annotated[tuple[float, ...], Field(max_length=1000)] = ()
     guidance: float | None = None
     error: float = Field(0.0, ge=0)
     best_published: float = Field(0.0, ge=0)

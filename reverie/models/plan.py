@@ -165,7 +165,8 @@ class SamplingPlan:
         """Return a fitted solver's numbers, as JSON holds them; None for any other."""
         if not isinstance(self.sampler, Learned):
             return None
-        return {"lam": list(self.sampler.recipe.lam), "weights": [list(row) for row in self.sampler.recipe.weights]}
+        known = self.sampler.recipe
+        return {"lam": list(known.lam), "weights": [list(row) for row in known.weights], "kept": list(known.kept)}
 
     def settings(self) -> dict[str, Any]:
         """Return all that decides the samples beside the model, as JSON holds it."""

@@ -10,13 +10,14 @@ from torch import Tensor
 
 from reverie.base.errors import UsageError
 from reverie.diffusion.denoisers import Denoiser
-from reverie.diffusion.polish import follow, squares
+from reverie.diffusion.polish import follow, judged, squares
 from reverie.diffusion.recipes import general
 from reverie.diffusion.samplers.learned import Recipe
 from reverie.diffusion.schedules import Table
 from reverie.diffusion.starts import at_borders, bounded, circles, sensitivity, two_ends
 from reverie.diffusion.trajectories import FINE, Trajectories, noise, trajectories
-from reverie.diffusion.tuning import judged, published, tune
+from reverie.diffusion.tuning import published, tune
+from reverie.models.automatic import recipe as recipe_of
 from reverie.models.card import FittedSolver
 from reverie.models.memory import check_memory, memory_errors
 from reverie.models.model import Model
@@ -53,7 +54,7 @@ def tune_model(
         samples: Exact trajectories to fit to, the half of them at borders; as many again are for judging. None: by
             the samples' size, 8 to 64.
         walks: Candidate grids for each number of steps; None: 20.
-        rounds: Rounds of polishing, of 3 N^2 evaluations of each sample for N steps; None: 12, fewer for many steps.
+        rounds: Rounds of polishing, of 3.5 N^2 evaluations of each sample for N steps; None: 12, fewer for many steps.
         seed: Seed of the trajectories' noise.
         report: Called with what is done, how much of it, of how much, and the error so far.
 
@@ -74,12 +75,15 @@ def tune_model(
     if not steps:
         raise UsageError("there are no steps to tune for; give a number of evaluations, or several")
     lower = "samples"
-    # The trajectories; and the derivatives by 6 numbers a step, a few times over.
-    most = 4 * count * numbers * (4 * fine + 60 * max(steps))
+    # The trajectories; and the derivatives by 7 numbers a step, a few times over.
+    most = 4 * count * numbers * (4 * fine + 70 * max(steps))
     check_memory(most, torch.device("cpu"), f"{count} trajectories of {fine} steps", lower)
     with memory_errors("the trajectories", lower), evaluating(model.denoiser.network), torch.no_grad():
         fitting, judging = (teach(model, count, seed + part, guidance, report) for part in (0, 1))
-        return [fit(model, n, fitting, judging, walks, rounds, report) for n in sorted(set(steps))]
+        found: list[FittedSolver] = []
+        for n in sorted(set(steps)):
+            found.append(fit(model, n, fitting, judging, found, walks, rounds, report))
+        return found
 
 
 class Lesson(NamedTuple):
@@ -143,23 +147,29 @@ def fit(
     steps: int,
     fitting: Lesson,
     judging: Lesson,
+    fewer: Sequence[FittedSolver],
     walks: int | None,
     rounds: int | None,
     report: Report | None,
 ) -> FittedSolver:
-    """Fit one solver, set it beside the published ones on other samples, and keep what is best there."""
+    """Fit one solver, set it beside the published ones on other samples, and keep what is best there.
+
+    It may begin as the last of those that were found for fewer steps.
+    """
     walks = WALKS if walks is None else walks
-    rounds = min(max(BUDGET // (3 * steps**2), 1), 12) if rounds is None else rounds
+    rounds = min(max(2 * BUDGET // (7 * steps**2), 1), 12) if rounds is None else rounds
     told = None
     if report is not None:
         told = lambda done, loss: report(f"{steps} steps", done, max(walks, rounds), math.exp(loss / 2))  # noqa: E731
     ready = general(model.denoiser.schedule, steps, fitting.even.numbers)
-    more = [ready] if ready is not None else []
+    known = [ready] if ready is not None else []
+    more = [*known, *(recipe_of(solver) for solver in fewer[-1:])]
     recipe, _ = tune([fitting.even], steps, walks, rounds, told, more, [fitting.both])
     others = published(judging.both, steps)
-    best = judged(judging.both, [recipe, *more, *others])[0][0]
+    best = judged(judging.both, [recipe, *known, *others])[0][0]
     return FittedSolver(
-        lam=best.lam, weights=best.weights, guidance=fitting.guidance, error=distance(judging.even, best),
+        lam=best.lam, weights=best.weights, kept=best.kept, guidance=fitting.guidance,
+        error=distance(judging.even, best),
         best_published=min(distance(judging.even, other) for other in others),
     )  # fmt: skip
 

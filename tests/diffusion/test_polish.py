@@ -13,6 +13,8 @@ from reverie.diffusion.levels import levels
 from reverie.diffusion.oracle_stack import MixtureStack
 from reverie.diffusion.oracles import random_mixture
 from reverie.diffusion.polish import (
+    Aim,
+    Bounds,
     attempt,
     blend,
     derivatives,
@@ -26,7 +28,7 @@ from reverie.diffusion.polish import (
     unpack,
 )
 from reverie.diffusion.registry import samplers, schedules
-from reverie.diffusion.samplers.learned import Recipe, as_recipe, factors
+from reverie.diffusion.samplers.learned import Recipe, as_recipe
 from reverie.diffusion.trajectories import trajectories
 from reverie.diffusion.tuning import padded
 
@@ -66,26 +68,35 @@ class Plain(Denoiser):
 
 def test_numbers_of_a_recipe_and_back():
     recipe = usual("linear")
-    assert unpack(pack(recipe), recipe, 100.0) == recipe
+    assert unpack(pack(recipe), recipe, Bounds(-100.0, 100.0)) == recipe
     crossed = pack(recipe)
-    crossed[1] = 9.0  # the second step's lambda, beyond all others
-    lam = unpack(crossed, recipe, 5.0).lam
+    crossed[3] = 9.0  # the second step's lambda, beyond all others
+    lam = unpack(crossed, recipe, Bounds(-6.0, 5.0)).lam
     assert all(b - a >= 0.0199 for a, b in pairwise(lam))
     assert lam[-1] <= 5.0
 
 
-@pytest.mark.parametrize("name", ["linear", "cosine", "flow", "edm"])
-def test_derivatives_are_differences_of_walks(name):
-    one, recipe = some(name), usual(name)
+def later(recipe):
+    """That recipe, begun a little before its second step, and keeping more than is usual, then less."""
+    kept = tuple(1.1 - 0.05 * k for k in range(recipe.steps - 1))
+    return Recipe((recipe.lam[1] - 0.3, *recipe.lam[1:]), recipe.weights, kept)
+
+
+@pytest.mark.parametrize("begins", ["at t = 1", "later"])
+@pytest.mark.parametrize("name", ["linear", "cosine", "flow", "edm", "sub-vp"])
+def test_derivatives_are_differences_of_walks(name, begins):
+    one, recipe = some(name), usual(name) if begins == "at t = 1" else later(usual(name))
     found, size = derivatives(one, recipe, follow(one, recipe)), 1e-6
     plain = dataclasses.replace(one, denoiser=Plain(one.denoiser))
     torch.testing.assert_close(derivatives(plain, recipe, follow(one, recipe)), found, rtol=1e-3, atol=1e-3)
     for i, value in enumerate(pack(recipe).tolist()):
+        if i == 0 and begins == "at t = 1":
+            continue  # there is nothing before it
         ends = []
         for sign in (1, -1):
             theta = pack(recipe)
             theta[i] = value + sign * size
-            ends.append(follow(one, unpack(theta, recipe, 1e9)).x[-1])
+            ends.append(follow(one, unpack(theta, recipe, Bounds(-1e9, 1e9))).x[-1])
         want = (ends[0] - ends[1]) / (2 * size)
         torch.testing.assert_close(found[..., i], want, rtol=1e-3, atol=1e-4 * float(want.abs().max()) + 1e-8)
 
@@ -122,7 +133,7 @@ def test_weights_that_numbers_cannot_hold_are_no_walk():
 
 @pytest.mark.parametrize("name", ["linear", "edm"])
 def test_gains_are_how_the_end_moves_of_one_gaussian(name):
-    recipe, schedule = usual(name, 5), schedules[name]()
+    recipe, schedule = later(usual(name, 5)), schedules[name]()
 
     def end(errors):
         """Where a sample of a standard Gaussian ends, whose estimates are off by these."""
@@ -131,21 +142,22 @@ def test_gains_are_how_the_end_moves_of_one_gaussian(name):
         for k, row in enumerate(recipe.weights):
             alpha, sigma = known[k].alpha, known[k].sigma
             seen.append(alpha / (alpha**2 + sigma**2) * x + errors[k])
-            keep, gain = factors(known[k], known[k + 1])
+            keep, gain = recipe.factors(k, known[k], known[k + 1])
             x = keep * x + gain * blend(row, seen)
         return x
 
     without = end(torch.zeros(5, dtype=F64))
     moved = torch.cat([end(axis) - without for axis in torch.eye(5, dtype=F64)])
     torch.testing.assert_close(gains(recipe), moved, rtol=1e-5, atol=1e-8)
-    theta, slope = pack(recipe), gains_slope(recipe, 100.0)
+    bounds = Bounds(-100.0, 100.0)
+    theta, slope = pack(recipe), gains_slope(recipe, bounds)
     step = 1e-4 * torch.linspace(-1, 1, len(theta), dtype=F64)
-    wanted = gains(unpack(theta + step, recipe, 100.0)) - gains(unpack(theta - step, recipe, 100.0))
+    wanted = gains(unpack(theta + step, recipe, bounds)) - gains(unpack(theta - step, recipe, bounds))
     torch.testing.assert_close(2 * slope @ step, wanted, rtol=2e-3, atol=1e-6)
 
 
 def test_where_errors_of_estimates_count_more_they_are_smaller_in_the_end():
     one, recipe = some("linear", count=48), usual("linear")
-    found = [polish([one], recipe, 8, noise=noise)[0] for noise in (1e-3, 1.0)]
+    found = [polish([one], recipe, 8, aim=Aim(noise=noise))[0] for noise in (1e-3, 1.0)]
     few, many = (float(gains(r).square().sum()) for r in reversed(found))
     assert few < many / 2

@@ -6,11 +6,11 @@ import torch
 from reverie.base.randomness import normal
 from reverie.diffusion.oracle_stack import random_circles, random_stack
 from reverie.diffusion.oracles import Mixture, random_mixture
-from reverie.diffusion.polish import follow, polish, squares
+from reverie.diffusion.polish import Aim, follow, judged, polish, squares
 from reverie.diffusion.registry import schedules
 from reverie.diffusion.starts import BORDER, LEAST, at_borders, bounded, circles, sensitivity, solved, stages, two_ends
 from reverie.diffusion.trajectories import trajectories
-from reverie.diffusion.tuning import judged, published
+from reverie.diffusion.tuning import published
 
 F64 = torch.float64
 
@@ -119,7 +119,7 @@ def test_polished_on_them_as_well_a_solver_ends_seldomer_on_the_wrong_side():
     first = judged([even, border], published([even], 8))[0][0]
     unseen, wrong = two_ends(stack, at_borders(stack, other, 500), None, 64, 64), {}
     for word, sets in {"even": [more], "both": [even, border]}.items():
-        recipe, _ = polish(sets, first, 8)
+        recipe, _ = polish(sets, first, 20, aim=Aim(mean=0.9))
         wrong[word] = int((squares(unseen, follow(unseen, recipe).x[-1]) > 0.1).sum())
     assert wrong["even"] > 40
     assert wrong["both"] < 0.75 * wrong["even"]

@@ -7,13 +7,13 @@ from reverie.base.errors import UsageError
 from reverie.base.randomness import Noise, normal
 from reverie.diffusion.grids import uniform_log_snr
 from reverie.diffusion.oracles import random_mixture
-from reverie.diffusion.polish import follow, gains
+from reverie.diffusion.polish import follow, gains, judged
 from reverie.diffusion.recipes import general, of_row, table
 from reverie.diffusion.registry import grids, samplers, schedules
 from reverie.diffusion.samplers.base import run
 from reverie.diffusion.samplers.learned import Learned
 from reverie.diffusion.trajectories import trajectories
-from reverie.diffusion.tuning import common, judged, plan_nodes, published, ridge, tune, walk
+from reverie.diffusion.tuning import common, plan_nodes, published, ridge, tune, walk
 
 F64 = torch.float64
 
@@ -30,9 +30,15 @@ def starts(count, dimension, seed, schedule):
     return scale * normal((count, dimension), seed, "test tuning").double()
 
 
+def drawn(sampler, denoiser, x, grid):
+    """Where the noise x at t = 1 ends, on a grid that may begin later."""
+    first, own = denoiser.schedule.prior_std(torch.stack([grid[0], torch.ones_like(grid[0])]))
+    *_, last = run(sampler, denoiser, sampler.init(x * (first / own), grid[0]), grid, Noise(range(len(x))))
+    return last.x
+
+
 def distance(sampler, denoiser, x, grid, end):
-    *_, last = run(sampler, denoiser, sampler.init(x, 1.0), grid, Noise(range(len(x))))
-    return (last.x - end).square().mean(1).sqrt()
+    return (drawn(sampler, denoiser, x, grid) - end).square().mean(1).sqrt()
 
 
 def test_the_ridge_finds_the_weights_that_made_the_goal():
@@ -64,8 +70,8 @@ def test_what_was_fitted_is_what_the_sampler_does(rounds):
     x = starts(32, 2, 0, schedule)
     sets = [trajectories(oracle, x)]
     recipe, _ = tune(sets, 6, walks=15, rounds=rounds)
-    *_, last = run(Learned(recipe), oracle, Learned(recipe).init(x, 1.0), recipe.grid(schedule), Noise(range(32)))
-    torch.testing.assert_close(last.x, follow(sets[0], recipe).x[-1], rtol=0, atol=1e-9)
+    ends = drawn(Learned(recipe), oracle, x, recipe.grid(schedule))
+    torch.testing.assert_close(ends, follow(sets[0], recipe).x[-1], rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 5])

@@ -3,10 +3,13 @@ r"""A solver whose times and weights were fitted to a model: what `tune` finds.
 Any multistep solver for the data estimate is a table: at step k, from rho_k to rho_(k+1) (rho = sigma /
 alpha, z = x / alpha),
 
-    z_(k+1) = (rho_(k+1) / rho_k) z_k + (1 - rho_(k+1) / rho_k) sum_j c_kj D_j,                      (1)
+    z_(k+1) = f_k (rho_(k+1) / rho_k) z_k + (1 - rho_(k+1) / rho_k) sum_j c_kj D_j,                  (1)
 
-with DDIM's table the identity and the published solvers' made of polynomials. Here the times and the c_kj
-are numbers that were fitted (tuning.py). The last step goes to rho = 0, where (1) is the sum alone.
+with f_k = 1, DDIM's table the identity and the published solvers' made of polynomials. Here the times, the c_kj and
+the f_k are numbers that were fitted (tuning.py): f_k leaves more noise in z, or less, than its time stands for, so
+that (1) is every explicit rule that asks once a step and adds up what it has. The last step goes to rho = 0, where it
+is the sum alone. The first need not begin at t = 1: noise alone is taken for data noised to a lower rho_0. What little
+there is of the data at so much noise is soon made up for, and an estimate there says next to nothing of the sample.
 
 References:
     S4S: Solving for a Diffusion Model Solver (Frankel et al., 2025)
@@ -40,8 +43,10 @@ class Recipe:
     """The times and weights of a solver of N steps.
 
     Arguments:
-        lam: lambda at the start of each step (N,), rising; the first is that of t = 1, whatever it says.
+        lam: lambda at the start of each step (N,), rising. At the first x is noise alone; one before that of t = 1, or
+            less than 0.001 after it, is that of t = 1.
         weights: c_kj of (1): row k holds those of the estimates at k, k - 1, ..., at most k + 1 of them.
+        kept: f_k of (1) of all steps but the last (N - 1,); 1 where nothing is said.
 
     Raises:
         UsageError: The numbers do not make a solver.
@@ -53,14 +58,18 @@ class Recipe:
 
     lam: tuple[float, ...]
     weights: tuple[tuple[float, ...], ...]
+    kept: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "kept", self.kept or (1.0,) * (len(self.lam) - 1))
         rows = [len(row) for row in self.weights]
         if not rows or len(rows) != len(self.lam) or any(not 1 <= n <= k + 1 for k, n in enumerate(rows)):
             raise UsageError(f"a recipe has a row of 1 to k + 1 weights for each lambda; {len(self.lam)} have {rows}")
         if any(b <= a for a, b in zip(self.lam, self.lam[1:], strict=False)):
             raise UsageError(f"a recipe's lambdas rise; these are {self.lam}")
-        if not all(math.isfinite(c) for row in self.weights for c in row):
+        if len(self.kept) != len(self.lam) - 1:
+            raise UsageError(f"a recipe of {len(self.lam)} steps keeps of all but the last; {len(self.kept)} are given")
+        if not all(math.isfinite(c) for row in (*self.weights, self.kept) for c in row):
             raise UsageError("a recipe's weights are finite numbers; one of these is not")
 
     @property
@@ -74,20 +83,31 @@ class Recipe:
         return max(len(row) for row in self.weights) - 1
 
     def grid(self, schedule: Schedule) -> Float[Tensor, " n"]:
-        """Return its times on a schedule (N + 1,), the first 1, the last 0.
+        """Return its times on a schedule (N + 1,), the first of them in (0, 1], the last 0.
 
         Raises:
             UsageError: The schedule begins with less noise than the recipe's second step.
+
+        Example:
+            >>> from reverie.diffusion.schedules import Flow
+            >>> Recipe((-1.0, 0.0), ((1.0,), (1.0,))).grid(Flow())
+            tensor([0.7311, 0.5000, 0.0000], dtype=torch.float64)
         """
         times = schedule.time(2 * torch.tensor(self.lam, dtype=torch.float64))
-        times[0] = 1.0
-        if self.steps > 1 and not bool(times[1] < 1):
+        if self.lam[0] <= schedule.log_snr(torch.ones(1, dtype=torch.float64)).item() / 2 + NEAR:
+            times[0] = 1.0
+        if self.steps > 1 and not bool(times[1] < times[0]):
             raise UsageError("this recipe is for a schedule that begins with more noise than this one")
         return torch.cat([times, torch.zeros(1, dtype=torch.float64)])
 
+    def factors(self, k: int, here: Level, there: Level) -> tuple[float, float]:
+        """Return what step k keeps of x, and the factor on the estimates' sum: equation (1) in x instead of z."""
+        keep, gain = factors(here, there)
+        return (keep * self.kept[k] if k + 1 < self.steps else keep), gain
+
 
 def factors(here: Level, there: Level) -> tuple[float, float]:
-    """Return what is kept of x, and the factor on the estimates' sum: equation (1) in x instead of z."""
+    """Return what is kept of x, and the factor on the estimates' sum, of a step that keeps no more and no less."""
     keep = there.sigma / here.sigma
     return keep, there.alpha - keep * here.alpha
 
@@ -171,7 +191,8 @@ class Learned(Sampler):
         x0 = ask(denoiser, state.x, state.t).x0
         past = History.of(state, self.recipe.past)
         rows = [self.recipe.weights[k] for k in step.k]
-        keep, gain = zip(*(factors(a, b) for a, b in zip(step.here, step.there, strict=True)), strict=True)
+        of_step = map(self.recipe.factors, step.k, step.here, step.there)
+        keep, gain = zip(*of_step, strict=True)
         terms = [(list(keep), state.x)]
         for j, estimate in enumerate([x0, *past.values]):
             terms.append(([g * (row[j] if j < len(row) else 0.0) for g, row in zip(gain, rows, strict=True)], estimate))

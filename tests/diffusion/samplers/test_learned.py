@@ -1,5 +1,7 @@
 """Fitted solvers: a table of weights is any multistep solver, and only on its own grid."""
 
+import math
+
 import pytest
 import torch
 
@@ -8,7 +10,7 @@ from reverie.base.randomness import Noise
 from reverie.diffusion.levels import levels
 from reverie.diffusion.oracles import random_mixture
 from reverie.diffusion.registry import grids, samplers, schedules
-from reverie.diffusion.samplers.base import State, run
+from reverie.diffusion.samplers.base import State, run, sample
 from reverie.diffusion.samplers.exponential import step_weights
 from reverie.diffusion.samplers.learned import Learned, Recipe, as_recipe
 
@@ -97,3 +99,35 @@ def test_a_step_that_is_not_its_own_is_refused():
 def test_what_is_no_solver_is_refused(lam, weights, said):
     with pytest.raises(UsageError, match=said):
         Recipe(lam, weights)
+
+
+@pytest.mark.parametrize(("kept", "said"), [((1.0, 1.0), "all but the last; 2 are given"), ((math.inf,), "finite")])
+def test_what_is_kept_is_a_number_a_step_but_the_last(kept, said):
+    with pytest.raises(UsageError, match=said):
+        Recipe((-1.0, 0.0), ((1.0,), (1.0,)), kept)
+    assert Recipe((-1.0, 0.0), ((1.0,), (1.0,))) == Recipe((-1.0, 0.0), ((1.0,), (1.0,)), (1.0,))
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine", "edm", "flow", "sub-vp"])
+def test_one_that_begins_later_and_keeps_less_is_equation_1(name):
+    """From noise alone of the first time's deviation, as any sampler is started there."""
+    schedule = schedules[name]()
+    oracle, recipe = random_mixture(2, 0, schedule), Recipe((-2.0, 0.5), ((0.9,), (1.2, -0.3)), (0.7,))
+    grid, noise = recipe.grid(schedule), Noise(range(4))
+    assert grid[0] < 1
+    first, second = levels(schedule, grid[:-1].tolist())
+    assert (first.lam, second.lam) == (pytest.approx(-2.0), pytest.approx(0.5))
+    x = schedule.prior_std(grid[:1]) * noise((2,), [0] * 4).double()
+    z, one = x / first.alpha, oracle(x, grid[:1].expand(4)).x0
+    part = second.rho / first.rho
+    z = 0.7 * part * z + (1 - part) * 0.9 * one
+    want = 1.2 * oracle(second.alpha * z, grid[1:2].expand(4)).x0 - 0.3 * one
+    got = sample(Learned(recipe), oracle, (2,), grid, noise)
+    torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-5)
+
+
+def test_a_first_lambda_before_that_of_t_1_is_that_of_t_1():
+    schedule = schedules["linear"]()
+    start = schedule.log_snr(torch.ones(1, dtype=F64)).item() / 2
+    for lam, at_start in ((-100.0, True), (start + 1e-6, True), (start + 0.01, False)):
+        assert (Recipe((lam, 0.0), ((1.0,), (1.0,))).grid(schedule)[0].item() == 1) == at_start
