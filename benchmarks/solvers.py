@@ -39,6 +39,7 @@ from torch import Tensor
 
 from reverie.diffusion.denoisers import Denoiser
 from reverie.diffusion.grids import uniform_log_snr
+from reverie.diffusion.hopping import hopped, worth
 from reverie.diffusion.lengthening import lengthened
 from reverie.diffusion.oracle_stack import random_circles, random_stack
 from reverie.diffusion.polish import Aim, follow
@@ -50,14 +51,15 @@ from reverie.diffusion.samplers.unipc import UniPC
 from reverie.diffusion.schedules import Schedule, Table
 from reverie.diffusion.starts import solved, stages, two_ends
 from reverie.diffusion.trajectories import Trajectories, trajectories
-from reverie.diffusion.tuning import loss, published, tune
+from reverie.diffusion.tuning import published, tune
 
 PACKAGES = ("reverie", "torch", "numpy", "diffusers", "k-diffusion")
 NFES = (4, 5, 6, 8, 10, 15, 20, 30, 50)
 TUNED_ON, UNSEEN = (0, 1, 2, 3), (100, 101, 102, 103)  # seeds of the mixtures
 TRAINING, STAGES = 512, 4  # evenly drawn starts of each mixture in a stage, and as many at borders; stages
 # Of each solver that is made: for how much the mean error counts, and starts at borders.
-WAYS = ((0.5, 30.0), (0.5, 100.0), (0.9, 30.0), (0.9, 100.0))
+WAYS = ((0.5, 30.0), (0.9, 30.0))
+AFTER_HOPS = 12  # rounds of polishing in each of two stages
 CHOICE = 0.8  # for how much the root mean square counts beside the typical error when one of them is chosen
 CHOOSING = 8192  # other starts of each mixture, drawn evenly, by which one of them is chosen
 EXACT, MANY = 300, 1000  # steps of their exact solution; of the truth where a schedule begins with noise alone
@@ -181,21 +183,23 @@ def tuned_recipe(lessons: Lessons, evaluations: int, fewer: list[Recipe], option
         options: The script's.
     """
     ready = general_recipe(lessons.walked.denoiser.schedule, evaluations, lessons.walked.numbers)
-    known = [ready, *(lengthened(lessons.stages[0], one, evaluations) for one in fewer[-1:])]
+    unharmed = [lengthened(lessons.stages[0], one, evaluations) for one in fewer[-1:]]
     found = [
         tune(
             [lessons.walked],
             evaluations,
             options.walks,
             options.rounds,
-            more=known,
+            more=[ready, *fewer[-1:]],
             stages=lessons.with_borders(border),
             aim=Aim(mean),
         )[0]
         for mean, border in WAYS
     ]
-    others = lessons.choosing
-    return min([*known, *found], key=lambda recipe: loss([others], [follow(others, recipe).x[-1]], CHOICE))
+    best = min([ready, *unharmed, *found], key=lambda recipe: worth(recipe, lessons.choosing, CHOICE))
+    mean, border = WAYS[-1]
+    stages = lessons.with_borders(border)
+    return hopped(best, stages, lessons.choosing, options.hops, AFTER_HOPS, Aim(mean), CHOICE)
 
 
 def peer_errors(starts: Starts, evaluations: int, folder: Path | None) -> dict[str, Tensor]:
@@ -300,7 +304,8 @@ def main() -> None:
     parser.add_argument("--evaluations", default=",".join(map(str, NFES)), help="with commas")
     parser.add_argument("--schedule", default="linear", help="by name")
     parser.add_argument("--walks", type=int, default=10, help="candidate grids that tune may try")
-    parser.add_argument("--rounds", type=int, default=24, help="rounds of polishing")
+    parser.add_argument("--rounds", type=int, default=40, help="rounds of polishing")
+    parser.add_argument("--hops", type=int, default=12, help="leaps from the best solver of each column")
     parser.add_argument("--starts", type=int, default=8192, help="starts of each mixture")
     parser.add_argument("--most", type=int, default=20, help="evaluations up to which a solver is tuned")
     parser.add_argument("--peers", type=Path, help="a folder where the truth and the peers' errors are kept, and read")

@@ -15,11 +15,10 @@ from reverie.diffusion.polish import AIM, GAP, Aim, Bounds, judged
 from reverie.diffusion.samplers.learned import Recipe
 from reverie.diffusion.trajectories import Trajectories
 
+ROOM = 12  # past estimates for all of which there is room, for some cuts
 
-PAST = 8  # past estimates that a step may use: rows grow by cuts
 
-
-def lengthened(sets: Sequence[Trajectories], recipe: Recipe, steps: int, past: int = PAST, aim: Aim = AIM) -> Recipe:
+def lengthened(sets: Sequence[Trajectories], recipe: Recipe, steps: int, past: int = ROOM, aim: Aim = AIM) -> Recipe:
     """Return a recipe of so many steps made of one of as many or fewer, each new step put where it does least harm.
 
     Arguments:

@@ -53,7 +53,7 @@ NUDGE = 1e-5  # in lambda, or in a weight, for derivatives of what is known to r
 FLOOR = 1e-14  # added to squared errors before their logarithm is taken
 GAP = 0.02  # the least step, in lambda
 TRIES = 6  # dampings that a round tries
-ENOUGH = 1e-3  # what a round must gain for another to follow
+ENOUGH = 1e-4  # what a round must gain for another to follow
 
 
 class Aim(NamedTuple):
