@@ -42,7 +42,7 @@ from reverie.diffusion.grids import uniform_log_snr
 from reverie.diffusion.hopping import hopped, worth
 from reverie.diffusion.lengthening import lengthened
 from reverie.diffusion.oracle_stack import random_circles, random_stack
-from reverie.diffusion.polish import Aim, follow
+from reverie.diffusion.polish import Aim
 from reverie.diffusion.recipes import general
 from reverie.diffusion.registry import schedules
 from reverie.diffusion.runge_kutta_pair import integrate
@@ -52,6 +52,7 @@ from reverie.diffusion.schedules import Schedule, Table
 from reverie.diffusion.starts import solved, stages, two_ends
 from reverie.diffusion.trajectories import Trajectories, trajectories
 from reverie.diffusion.tuning import published, tune
+from reverie.diffusion.walking import follow
 
 PACKAGES = ("reverie", "torch", "numpy", "diffusers", "k-diffusion")
 NFES = (4, 5, 6, 8, 10, 15, 20, 30, 50)

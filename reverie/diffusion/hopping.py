@@ -14,10 +14,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from reverie.base.randomness import generator
-from reverie.diffusion.polish import AIM, Aim, Bounds, attempt, pack, polish, unpack
+from reverie.diffusion.polish import AIM, Aim, attempt, polish
 from reverie.diffusion.samplers.learned import Recipe
 from reverie.diffusion.trajectories import Trajectories
 from reverie.diffusion.tuning import loss
+from reverie.diffusion.walking import Bounds, pack, unpack
 
 SIZES = (0.1, 0.2)  # of the leaps in turn: deviations of lambdas, in the shorter of the steps beside each
 OF_WEIGHTS = 0.3  # of such a size, deviations of weights

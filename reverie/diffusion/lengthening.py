@@ -11,9 +11,10 @@ error of fewer steps, while solvers that were made for many may be stuck in a wo
 
 from collections.abc import Sequence
 
-from reverie.diffusion.polish import AIM, GAP, Aim, Bounds, judged
+from reverie.diffusion.polish import AIM, Aim, judged
 from reverie.diffusion.samplers.learned import Recipe
 from reverie.diffusion.trajectories import Trajectories
+from reverie.diffusion.walking import GAP, Bounds
 
 ROOM = 12  # past estimates for all of which there is room, for some cuts
 

@@ -34,13 +34,14 @@ from reverie.base.errors import UsageError
 from reverie.diffusion.grids import karras, trailing, uniform_log_snr
 from reverie.diffusion.lengthening import lengthened
 from reverie.diffusion.levels import Level, levels
-from reverie.diffusion.polish import AIM, Aim, begun, judged, polish, squares
+from reverie.diffusion.polish import AIM, Aim, judged, polish, squares
 from reverie.diffusion.predictions import Data
 from reverie.diffusion.samplers.base import Sampler, ask
 from reverie.diffusion.samplers.dpmpp import DPMpp2M, DPMpp3M
 from reverie.diffusion.samplers.learned import Recipe, as_recipe, factors
 from reverie.diffusion.samplers.unipc import UniPC
 from reverie.diffusion.trajectories import Trajectories
+from reverie.diffusion.walking import begun
 
 PAST = 4  # past estimates that a step may use
 RIDGE = 1e-6  # of (1), relative to the mean square of the estimates

@@ -10,13 +10,14 @@ from torch import Tensor
 
 from reverie.base.errors import UsageError
 from reverie.diffusion.denoisers import Denoiser
-from reverie.diffusion.polish import follow, judged, squares
+from reverie.diffusion.polish import judged, squares
 from reverie.diffusion.recipes import general
 from reverie.diffusion.samplers.learned import Recipe
 from reverie.diffusion.schedules import Table
 from reverie.diffusion.starts import at_borders, bounded, circles, sensitivity, two_ends
 from reverie.diffusion.trajectories import FINE, Trajectories, noise, trajectories
 from reverie.diffusion.tuning import published, tune
+from reverie.diffusion.walking import follow
 from reverie.models.automatic import recipe as recipe_of
 from reverie.models.card import FittedSolver
 from reverie.models.memory import check_memory, memory_errors

@@ -6,10 +6,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from reverie.diffusion.oracles import Gaussian, Mixture
+from reverie.base.randomness import normal
+from reverie.diffusion.grids import karras
+from reverie.diffusion.oracle_stack import MixtureStack
+from reverie.diffusion.oracles import Gaussian, Mixture, random_mixture
 from reverie.diffusion.predictions import Prediction
-from reverie.diffusion.registry import schedules
+from reverie.diffusion.registry import samplers, schedules
+from reverie.diffusion.samplers.learned import Recipe, as_recipe
 from reverie.diffusion.schedules import Schedule, Table, VariancePreserving, table
+from reverie.diffusion.trajectories import trajectories
+from reverie.diffusion.tuning import padded
 
 EVERY: dict[str, Callable[[], Schedule]] = {name: (lambda name=name: schedules[name]()) for name in schedules}
 EVERY |= {
@@ -106,3 +112,42 @@ class Knowing(nn.Module):
 def knowing() -> type[Knowing]:
     """The network that knows the answer."""
     return Knowing
+
+
+# Walks of solvers on mixtures -------------------------------------------------------------------
+
+
+@pytest.fixture
+def some():
+    """Trajectories of some mixtures, of a schedule by name."""
+
+    def make(name, seeds=(0, 1), count=24):
+        schedule = schedules[name]()
+        scale = schedule.prior_std(torch.ones(1, dtype=torch.float64))
+        x = scale * normal((count * len(seeds), 2), seeds[0], "test polish").double()
+        return trajectories(MixtureStack([random_mixture(2, seed, schedule) for seed in seeds]), x)
+
+    return make
+
+
+@pytest.fixture
+def usual():
+    """A published solver's recipe, for a schedule by name."""
+
+    def make(name, steps=6):
+        schedule = schedules[name]()
+        return padded(as_recipe(samplers["unipc"](), schedule, karras(schedule, steps)))
+
+    return make
+
+
+@pytest.fixture
+def later(usual):
+    """The same, begun a little before its second step, and keeping more than is usual, then less."""
+
+    def make(name, steps=6):
+        recipe = usual(name, steps)
+        kept = tuple(1.1 - 0.05 * k for k in range(recipe.steps - 1))
+        return Recipe((recipe.lam[1] - 0.3, *recipe.lam[1:]), recipe.weights, kept)
+
+    return make

@@ -6,11 +6,11 @@ import torch
 from reverie.base.randomness import generator
 from reverie.diffusion.hopping import hopped, leapt, worth
 from reverie.diffusion.oracle_stack import random_stack
-from reverie.diffusion.polish import Bounds, pack
 from reverie.diffusion.registry import schedules
 from reverie.diffusion.samplers.learned import Recipe
 from reverie.diffusion.starts import two_ends
 from reverie.diffusion.tuning import published
+from reverie.diffusion.walking import Bounds, pack
 
 
 @pytest.fixture(autouse=True)

@@ -6,11 +6,12 @@ import torch
 from reverie.base.randomness import normal
 from reverie.diffusion.lengthening import lengthened, split
 from reverie.diffusion.oracles import random_mixture
-from reverie.diffusion.polish import Aim, Bounds, follow, measure
+from reverie.diffusion.polish import Aim, measure
 from reverie.diffusion.recipes import general
 from reverie.diffusion.registry import schedules
 from reverie.diffusion.samplers.learned import Recipe
 from reverie.diffusion.trajectories import trajectories
+from reverie.diffusion.walking import Bounds, follow
 
 F64 = torch.float64
 EXACT = Aim(noise=0.0)

@@ -1,23 +1,16 @@
 """Polishing: its derivatives against differences of whole walks, and that it does what it is for."""
 
 import dataclasses
-from itertools import pairwise
 
 import pytest
 import torch
 
-from reverie.base.randomness import normal
-from reverie.diffusion.denoisers import Denoiser
-from reverie.diffusion.grids import karras
 from reverie.diffusion.levels import levels
-from reverie.diffusion.oracle_stack import MixtureStack
-from reverie.diffusion.oracles import random_mixture
 from reverie.diffusion.polish import (
     Aim,
     Bounds,
     attempt,
     blend,
-    derivatives,
     follow,
     gains,
     gains_slope,
@@ -27,10 +20,8 @@ from reverie.diffusion.polish import (
     squares,
     unpack,
 )
-from reverie.diffusion.registry import samplers, schedules
-from reverie.diffusion.samplers.learned import Recipe, as_recipe
-from reverie.diffusion.trajectories import trajectories
-from reverie.diffusion.tuning import padded
+from reverie.diffusion.registry import schedules
+from reverie.diffusion.samplers.learned import Recipe
 
 F64 = torch.float64
 
@@ -42,66 +33,7 @@ def no_gradients():
         yield
 
 
-def some(name, seeds=(0, 1), count=24):
-    """Trajectories of some mixtures."""
-    schedule = schedules[name]()
-    scale = schedule.prior_std(torch.ones(1, dtype=F64))
-    x = scale * normal((count * len(seeds), 2), seeds[0], "test polish").double()
-    return trajectories(MixtureStack([random_mixture(2, seed, schedule) for seed in seeds]), x)
-
-
-def usual(name, steps=6):
-    schedule = schedules[name]()
-    return padded(as_recipe(samplers["unipc"](), schedule, karras(schedule, steps)))
-
-
-class Plain(Denoiser):
-    """A denoiser that does not say how its estimate changes."""
-
-    def __init__(self, inner):
-        super().__init__()
-        self.inner, self.schedule = inner, inner.schedule
-
-    def forward(self, x, t, condition=None):
-        return self.inner(x, t)
-
-
-def test_numbers_of_a_recipe_and_back():
-    recipe = usual("linear")
-    assert unpack(pack(recipe), recipe, Bounds(-100.0, 100.0)) == recipe
-    crossed = pack(recipe)
-    crossed[3] = 9.0  # the second step's lambda, beyond all others
-    lam = unpack(crossed, recipe, Bounds(-6.0, 5.0)).lam
-    assert all(b - a >= 0.0199 for a, b in pairwise(lam))
-    assert lam[-1] <= 5.0
-
-
-def later(recipe):
-    """That recipe, begun a little before its second step, and keeping more than is usual, then less."""
-    kept = tuple(1.1 - 0.05 * k for k in range(recipe.steps - 1))
-    return Recipe((recipe.lam[1] - 0.3, *recipe.lam[1:]), recipe.weights, kept)
-
-
-@pytest.mark.parametrize("begins", ["at t = 1", "later"])
-@pytest.mark.parametrize("name", ["linear", "cosine", "flow", "edm", "sub-vp"])
-def test_derivatives_are_differences_of_walks(name, begins):
-    one, recipe = some(name), usual(name) if begins == "at t = 1" else later(usual(name))
-    found, size = derivatives(one, recipe, follow(one, recipe)), 1e-6
-    plain = dataclasses.replace(one, denoiser=Plain(one.denoiser))
-    torch.testing.assert_close(derivatives(plain, recipe, follow(one, recipe)), found, rtol=1e-3, atol=1e-3)
-    for i, value in enumerate(pack(recipe).tolist()):
-        if i == 0 and begins == "at t = 1":
-            continue  # there is nothing before it
-        ends = []
-        for sign in (1, -1):
-            theta = pack(recipe)
-            theta[i] = value + sign * size
-            ends.append(follow(one, unpack(theta, recipe, Bounds(-1e9, 1e9))).x[-1])
-        want = (ends[0] - ends[1]) / (2 * size)
-        torch.testing.assert_close(found[..., i], want, rtol=1e-3, atol=1e-4 * float(want.abs().max()) + 1e-8)
-
-
-def test_it_is_nearer_also_where_it_was_not_fitted():
+def test_it_is_nearer_also_where_it_was_not_fitted(some, usual):
     one, other, recipe = some("linear"), some("linear", (50, 51), 200), usual("linear")
     found, value = polish([one], recipe, 12)
     assert value == pytest.approx(measure([one], found, [follow(one, found)]))
@@ -110,14 +42,14 @@ def test_it_is_nearer_also_where_it_was_not_fitted():
     assert after.mean() < before.mean() / 4
 
 
-def test_it_is_never_worse_and_more_rounds_are_not_either():
+def test_it_is_never_worse_and_more_rounds_are_not_either(some, usual):
     one, recipe = some("cosine"), usual("cosine", 4)
     values = [attempt([one], recipe)[1], *(polish([one], recipe, rounds)[1] for rounds in (1, 3, 6))]
     assert values == sorted(values, reverse=True)
     assert polish([one], recipe, 0)[0] == recipe
 
 
-def test_a_sample_that_counts_for_nothing_changes_nothing():
+def test_a_sample_that_counts_for_nothing_changes_nothing(some, usual):
     one, recipe = some("linear", (0,), 30), usual("linear", 3)
     share = torch.cat([torch.full((21,), 1 / 21, dtype=F64), torch.zeros(9, dtype=F64)])
     half, alone = dataclasses.replace(one, share=share), one.rows(range(21))
@@ -125,15 +57,15 @@ def test_a_sample_that_counts_for_nothing_changes_nothing():
     torch.testing.assert_close(pack(a), pack(b), rtol=1e-6, atol=1e-6)
 
 
-def test_weights_that_numbers_cannot_hold_are_no_walk():
+def test_weights_that_numbers_cannot_hold_are_no_walk(some):
     one = some("linear")
     wild = Recipe((-5.0, 0.0, 1.0), ((1e200,), (1e200, 0.0), (1e200, 0.0, 0.0)))
     assert attempt([one], wild) is None
 
 
 @pytest.mark.parametrize("name", ["linear", "edm"])
-def test_gains_are_how_the_end_moves_of_one_gaussian(name):
-    recipe, schedule = later(usual(name, 5)), schedules[name]()
+def test_gains_are_how_the_end_moves_of_one_gaussian(name, later):
+    recipe, schedule = later(name, 5), schedules[name]()
 
     def end(errors):
         """Where a sample of a standard Gaussian ends, whose estimates are off by these."""
@@ -156,7 +88,7 @@ def test_gains_are_how_the_end_moves_of_one_gaussian(name):
     torch.testing.assert_close(2 * slope @ step, wanted, rtol=2e-3, atol=1e-6)
 
 
-def test_where_errors_of_estimates_count_more_they_are_smaller_in_the_end():
+def test_where_errors_of_estimates_count_more_they_are_smaller_in_the_end(some, usual):
     one, recipe = some("linear", count=48), usual("linear")
     found = [polish([one], recipe, 8, aim=Aim(noise=noise))[0] for noise in (1e-3, 1.0)]
     few, many = (float(gains(r).square().sum()) for r in reversed(found))

@@ -4,11 +4,12 @@ import pytest
 import torch
 
 from reverie.diffusion.oracle_stack import random_stack
-from reverie.diffusion.polish import follow, squares
+from reverie.diffusion.polish import squares
 from reverie.diffusion.recipes import general
 from reverie.diffusion.registry import schedules
 from reverie.diffusion.starts import two_ends
 from reverie.diffusion.tuning import published
+from reverie.diffusion.walking import follow
 
 
 @pytest.mark.parametrize("name", ["flow", "edm"])

@@ -6,11 +6,12 @@ import torch
 from reverie.base.randomness import normal
 from reverie.diffusion.oracle_stack import random_circles, random_stack
 from reverie.diffusion.oracles import Mixture, random_mixture
-from reverie.diffusion.polish import Aim, follow, judged, polish, squares
+from reverie.diffusion.polish import Aim, judged, polish, squares
 from reverie.diffusion.registry import schedules
 from reverie.diffusion.starts import BORDER, LEAST, at_borders, bounded, circles, sensitivity, solved, stages, two_ends
 from reverie.diffusion.trajectories import trajectories
 from reverie.diffusion.tuning import published
+from reverie.diffusion.walking import follow
 
 F64 = torch.float64
 

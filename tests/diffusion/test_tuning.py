@@ -7,13 +7,14 @@ from reverie.base.errors import UsageError
 from reverie.base.randomness import Noise, normal
 from reverie.diffusion.grids import uniform_log_snr
 from reverie.diffusion.oracles import random_mixture
-from reverie.diffusion.polish import follow, gains, judged
+from reverie.diffusion.polish import gains, judged
 from reverie.diffusion.recipes import general, of_row, table
 from reverie.diffusion.registry import grids, samplers, schedules
 from reverie.diffusion.samplers.base import run
 from reverie.diffusion.samplers.learned import Learned
 from reverie.diffusion.trajectories import trajectories
 from reverie.diffusion.tuning import common, plan_nodes, published, ridge, tune, walk
+from reverie.diffusion.walking import follow
 
 F64 = torch.float64
 
