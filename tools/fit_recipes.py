@@ -266,7 +266,7 @@ def main() -> None:
             fewer = max((n for n in map(int, rows) if n < steps), default=0)
             if fewer:
                 longer = lengthened(lessons.stages[0], of_row(rows[str(fewer)]), steps, aim=AIM)
-                candidates["lengthened"] = longer
+                candidates |= {} if longer is None else {"lengthened": longer}
             fitted = {f"fitted {mean}": fit(lessons, steps, list(candidates.values()), mean) for mean in MEANS}
             if networks and not teachers:
                 candidates |= careful(lessons, steps)

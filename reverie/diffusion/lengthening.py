@@ -19,8 +19,12 @@ from reverie.diffusion.walking import GAP, Bounds
 ROOM = 12  # past estimates for all of which there is room, for some cuts
 
 
-def lengthened(sets: Sequence[Trajectories], recipe: Recipe, steps: int, past: int = ROOM, aim: Aim = AIM) -> Recipe:
+def lengthened(
+    sets: Sequence[Trajectories], recipe: Recipe, steps: int, past: int = ROOM, aim: Aim = AIM
+) -> Recipe | None:
     """Return a recipe of so many steps made of one of as many or fewer, each new step put where it does least harm.
+
+    None where no step is long enough to be cut.
 
     Arguments:
         sets: What harm is measured on.
@@ -32,7 +36,10 @@ def lengthened(sets: Sequence[Trajectories], recipe: Recipe, steps: int, past: i
     bounds = Bounds.of(sets[0])
     while recipe.steps < steps:
         tried = [split(recipe, k, bounds, past) for k in range(recipe.steps)]
-        recipe = judged(sets, [one for one in tried if one is not None], aim)[0][0]
+        found = judged(sets, [one for one in tried if one is not None], aim)
+        if not found:
+            return None
+        recipe = found[0][0]
     return recipe
 
 

@@ -260,8 +260,9 @@ def tune(
         return recipe_of(sets, best), best.loss
     candidates = [recipe_of(sets, one) for one in {one.nodes: one for one in (*first, best)}.values()]
     measures = stages or [sets]
-    given = [padded(lengthened(measures[0], one, steps, PAST, aim)) for one in more]
-    found = sieve(measures[0], [*candidates, *published(sets, steps), *given], rounds, progress, aim)
+    given = [lengthened(measures[0], one, steps, PAST, aim) for one in more]
+    candidates += [*published(sets, steps), *(padded(one) for one in given if one is not None)]
+    found = sieve(measures[0], candidates, rounds, progress, aim)
     for measure in measures[1:]:
         found = polish(measure, found[0], rounds, progress, aim)
     return found

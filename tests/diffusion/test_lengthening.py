@@ -59,3 +59,9 @@ def test_older_estimates_are_left_out():
 def test_a_step_too_short_is_not_cut():
     recipe = Recipe((-3.0, -2.95, 1.0), ((1.0,), (1.0,), (1.0,)))
     assert [split(recipe, k, Bounds(-4.0, 1.05), past=2) is None for k in range(3)] == [True, False, True]
+
+
+def test_where_no_step_can_be_cut_there_is_none():
+    one = some("linear")
+    most = Bounds.of(one).most
+    assert lengthened([one], Recipe((most - 0.02, most), ((1.0,), (1.0,))), 3) is None
