@@ -62,7 +62,7 @@ TRAINING, STAGES = 512, 4  # evenly drawn starts of each mixture in a stage, and
 WAYS = ((0.5, 30.0), (0.9, 30.0))
 AFTER_HOPS = 12  # rounds of polishing in each of two stages
 CHOICE = 0.8  # for how much the root mean square counts beside the typical error when one of them is chosen
-CHOOSING = 32768  # other starts of each mixture, drawn evenly, by which one of them is chosen
+CHOOSING = 8192  # other starts of each mixture, drawn evenly, by which one of them is chosen
 EXACT, MANY = 300, 1000  # steps of their exact solution; of the truth where a schedule begins with noise alone
 DRAWS = 100  # of the starts, for an interval
 
