@@ -118,6 +118,13 @@ def knowing() -> type[Knowing]:
 
 
 @pytest.fixture
+def no_gradients():
+    """As in use: nothing is differentiated."""
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture
 def some():
     """Trajectories of some mixtures, of a schedule by name."""
 

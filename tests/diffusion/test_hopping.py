@@ -1,7 +1,6 @@
 """Leaps: chosen by other starts, never worse there, the same by the same seed."""
 
 import pytest
-import torch
 
 from reverie.base.randomness import generator
 from reverie.diffusion.hopping import hopped, leapt, worth
@@ -12,12 +11,7 @@ from reverie.diffusion.starts import two_ends
 from reverie.diffusion.tuning import published
 from reverie.diffusion.walking import Bounds, pack
 
-
-@pytest.fixture(autouse=True)
-def no_gradients():
-    """As in use: nothing is differentiated."""
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_gradients")
 
 
 def some(purpose, name="linear"):

@@ -26,11 +26,7 @@ from reverie.diffusion.samplers.learned import Recipe
 F64 = torch.float64
 
 
-@pytest.fixture(autouse=True)
-def no_gradients():
-    """As in use: nothing is differentiated."""
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_gradients")
 
 
 def test_it_is_nearer_also_where_it_was_not_fitted(some, usual):

@@ -12,11 +12,7 @@ from reverie.diffusion.walking import Bounds, derivatives, follow, pack, unpack
 F64 = torch.float64
 
 
-@pytest.fixture(autouse=True)
-def no_gradients():
-    """As in use: nothing is differentiated."""
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_gradients")
 
 
 class Plain(Denoiser):
