@@ -3,25 +3,15 @@
 import pytest
 import torch
 
-from reverie.base.randomness import normal
 from reverie.diffusion.lengthening import lengthened, split
-from reverie.diffusion.oracles import random_mixture
 from reverie.diffusion.polish import Aim, measure
 from reverie.diffusion.recipes import general
 from reverie.diffusion.registry import schedules
 from reverie.diffusion.samplers.learned import Recipe
-from reverie.diffusion.trajectories import trajectories
 from reverie.diffusion.walking import Bounds, follow
 
-F64 = torch.float64
+pytestmark = pytest.mark.usefixtures("no_gradients")
 EXACT = Aim(noise=0.0)
-
-
-def some(name):
-    schedule = schedules[name]()
-    x = schedule.prior_std(torch.ones(1, dtype=F64)) * normal((16, 2), 0, "test lengthening").double()
-    with torch.no_grad():
-        return trajectories(random_mixture(2, 0, schedule), x, 32)
 
 
 def uneven(recipe):
@@ -31,28 +21,25 @@ def uneven(recipe):
 
 @pytest.mark.parametrize("name", ["linear", "cosine", "flow", "edm"])
 @pytest.mark.parametrize("k", range(5))
-def test_a_step_in_two_is_the_same_step(name, k):
+def test_a_step_in_two_is_the_same_step(name, k, some):
     one, recipe = some(name), uneven(general(schedules[name](), 5, 64))
     longer = split(recipe, k, Bounds.of(one), past=10)
     assert longer.steps == 6
-    with torch.no_grad():
-        torch.testing.assert_close(follow(one, longer).x[-1], follow(one, recipe).x[-1], rtol=0, atol=1e-10)
+    torch.testing.assert_close(follow(one, longer).x[-1], follow(one, recipe).x[-1], rtol=0, atol=1e-10)
 
 
-def test_more_steps_do_no_harm_where_their_past_has_room():
+def test_more_steps_do_no_harm_where_their_past_has_room(some):
     one, recipe = some("linear"), uneven(general(schedules["linear"](), 4, 64))
-    with torch.no_grad():
-        longer = lengthened([one], recipe, 9, past=9, aim=EXACT)
-        values = [measure([one], r, [follow(one, r)], aim=EXACT) for r in (recipe, longer)]
+    longer = lengthened([one], recipe, 9, past=9, aim=EXACT)
+    values = [measure([one], r, [follow(one, r)], aim=EXACT) for r in (recipe, longer)]
     assert longer.steps == 9
     assert values[1] == pytest.approx(values[0], abs=1e-6)
     assert lengthened([one], recipe, 4, past=4, aim=EXACT) is recipe
 
 
-def test_older_estimates_are_left_out():
+def test_older_estimates_are_left_out(some):
     one, recipe = some("linear"), general(schedules["linear"](), 6, 64)
-    with torch.no_grad():
-        longer = lengthened([one], recipe, 8, past=2, aim=EXACT)
+    longer = lengthened([one], recipe, 8, past=2, aim=EXACT)
     assert max(map(len, longer.weights)) == 3
 
 
@@ -61,7 +48,7 @@ def test_a_step_too_short_is_not_cut():
     assert [split(recipe, k, Bounds(-4.0, 1.05), past=2) is None for k in range(3)] == [True, False, True]
 
 
-def test_where_no_step_can_be_cut_there_is_none():
+def test_where_no_step_can_be_cut_there_is_none(some):
     one = some("linear")
     most = Bounds.of(one).most
     assert lengthened([one], Recipe((most - 0.02, most), ((1.0,), (1.0,))), 3) is None
