@@ -174,31 +174,33 @@ class Lessons:
         return [[even, dataclasses.replace(border, part=part)] for even, border in self.stages]
 
 
-def tuned_recipe(lessons: Lessons, evaluations: int, fewer: list[Recipe], options: argparse.Namespace) -> Recipe:
+def tuned_recipe(lessons: Lessons, evaluations: int, fewer: Recipe | None, options: argparse.Namespace) -> Recipe:
     """Return the best of some recipes that are found, by the typical and the root mean square error of other starts.
 
     Arguments:
         lessons: What they are found from.
         evaluations: Their steps.
-        fewer: Solvers of fewer steps that were found before.
+        fewer: The solver of fewer steps that was found before, where there is one.
         options: The script's.
     """
     ready = general_recipe(lessons.walked.denoiser.schedule, evaluations, lessons.walked.numbers)
-    unharmed = [lengthened(lessons.stages[0], one, evaluations) for one in fewer[-1:]]
     found = [
         tune(
             [lessons.walked],
             evaluations,
             options.walks,
             options.rounds,
-            more=[ready, *fewer[-1:]],
+            more=[ready] if fewer is None else [ready, fewer],
             stages=lessons.with_borders(border),
             aim=Aim(mean),
         )[0]
         for mean, border in WAYS
     ]
-    candidates = [ready, *(one for one in unharmed if one is not None), *found]
-    best = min(candidates, key=lambda recipe: worth(recipe, lessons.choosing, CHOICE))
+    unharmed = None if fewer is None else lengthened(lessons.stages[0], fewer, evaluations)
+    candidates = [ready, unharmed, *found]
+    best = min(
+        (one for one in candidates if one is not None), key=lambda recipe: worth(recipe, lessons.choosing, CHOICE)
+    )
     mean, border = WAYS[-1]
     stages = lessons.with_borders(border)
     return hopped(best, stages, lessons.choosing, options.hops, AFTER_HOPS, Aim(mean), CHOICE)
@@ -319,10 +321,9 @@ def main() -> None:
         starts = Starts(dimension, (*TUNED_ON, *UNSEEN), options.starts, "solvers", options.peers, options.schedule)
         nfes = [int(word) for word in options.evaluations.split(",")]
         lessons = Lessons.of(dimension, options.schedule) if min(nfes) <= options.most else None
-        found: list[Recipe] = []
+        recipe = None
         for nfe in nfes:
-            recipe = tuned_recipe(lessons, nfe, found, options) if lessons and nfe <= options.most else None
-            found += [] if recipe is None else [recipe]
+            recipe = tuned_recipe(lessons, nfe, recipe, options) if lessons and nfe <= options.most else None
             rows.append(column(starts, nfe, recipe, options.peers))
             print(f"{dimension}-D, {nfe}, {time.perf_counter() - began:.0f} s: {brief(rows[-1])}", file=sys.stderr)
             if options.json:

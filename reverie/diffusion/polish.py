@@ -115,10 +115,10 @@ def gains(recipe: Recipe) -> Float[Tensor, " n"]:
     """
     rho, n = [math.exp(-lam) for lam in recipe.lam] + [0.0], recipe.steps
     z, estimates, errors = torch.zeros(n, dtype=torch.float64), list[Tensor](), torch.eye(n, dtype=torch.float64)
-    for k, row in enumerate(recipe.weights):
+    for k, (row, kept) in enumerate(zip(recipe.weights, (*recipe.kept, 1.0), strict=True)):
         estimates.append(z / (1 + rho[k] ** 2) + errors[k])
         share = rho[k + 1] / rho[k]
-        z = share * (recipe.kept[k] if k + 1 < n else 0.0) * z + (1 - share) * blend(row, estimates)
+        z = share * kept * z + (1 - share) * blend(row, estimates)
     return z
 
 

@@ -83,7 +83,7 @@ def tune_model(
         fitting, judging = (teach(model, count, seed + part, guidance, report) for part in (0, 1))
         found: list[FittedSolver] = []
         for n in sorted(set(steps)):
-            found.append(fit(model, n, fitting, judging, found, walks, rounds, report))
+            found.append(fit(model, n, fitting, judging, found[-1:], walks, rounds, report))
         return found
 
 
@@ -155,7 +155,7 @@ def fit(
 ) -> FittedSolver:
     """Fit one solver, set it beside the published ones on other samples, and keep what is best there.
 
-    It may begin as the last of those that were found for fewer steps.
+    It may begin as one of those that were found for fewer steps.
     """
     walks = WALKS if walks is None else walks
     rounds = min(max(2 * BUDGET // (7 * steps**2), 1), 12) if rounds is None else rounds
@@ -164,7 +164,7 @@ def fit(
         told = lambda done, loss: report(f"{steps} steps", done, max(walks, rounds), math.exp(loss / 2))  # noqa: E731
     ready = general(model.denoiser.schedule, steps, fitting.even.numbers)
     known = [ready] if ready is not None else []
-    more = [*known, *(recipe_of(solver) for solver in fewer[-1:])]
+    more = [*known, *map(recipe_of, fewer)]
     recipe, _ = tune([fitting.even], steps, walks, rounds, told, more, [fitting.both])
     others = published(judging.both, steps)
     best = judged(judging.both, [recipe, *known, *others])[0][0]

@@ -103,7 +103,7 @@ class Recipe:
     def factors(self, k: int, here: Level, there: Level) -> tuple[float, float]:
         """Return what step k keeps of x, and the factor on the estimates' sum: equation (1) in x instead of z."""
         keep, gain = factors(here, there)
-        return (keep * self.kept[k] if k + 1 < self.steps else keep), gain
+        return keep * (*self.kept, 1.0)[k], gain
 
 
 def factors(here: Level, there: Level) -> tuple[float, float]:
