@@ -22,6 +22,14 @@ def drawn(rows, inner, outer, dtype, seed=0):
     return x, weight, torch.randn(outer, generator=draw)
 
 
+def of_all_shapes(inner):
+    """Have a test run with samples, tokens, inner up to so many, outer, biased, gated and a seed."""
+    small = {"deadline": None, "max_examples": 40, "derandomize": True}
+    ints = [st.integers(1, most) for most in (3, 40, inner, 150)]
+    drawn_by = given(*ints, st.booleans(), st.booleans(), st.integers(0, 2**31))
+    return lambda test: settings(suppress_health_check=[HealthCheck.function_scoped_fixture], **small)(drawn_by(test))
+
+
 def exact(x, weight, bias, gated):
     y = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
     return y.chunk(2, -1)[0] * F.gelu(y.chunk(2, -1)[1]) if gated else y
@@ -31,16 +39,7 @@ def off(y, wanted):
     return float((y.double() - wanted).norm() / wanted.norm().clamp(min=1e-30))
 
 
-@settings(deadline=None, max_examples=40, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    st.integers(1, 3),
-    st.integers(1, 40),
-    st.integers(1, 70),
-    st.integers(1, 150),
-    st.booleans(),
-    st.booleans(),
-    st.integers(0, 2**31),
-)
+@of_all_shapes(70)
 def test_it_is_the_formula(dtype, samples, tokens, inner, outer, biased, gated, seed):
     inner, outer = 2 * inner, 2 * outer if gated else outer
     x, weight, bias = drawn((samples, tokens), inner, outer, dtype, seed)

@@ -5,27 +5,16 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from reverie.kernels import dispatch
 from reverie.kernels.strassen import LEAST, halves, plain, product, serves, unpacked
-from tests.kernels.test_panels import drawn, exact, off
+from tests.kernels.test_panels import drawn, exact, of_all_shapes, off
 
 # Relative, in the 2-norm, to a layer's size: what is lost as the sums are rounded.
 NEAR = {torch.float32: 4e-6, torch.bfloat16: 1.2e-2}
 
 
-@settings(deadline=None, max_examples=40, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    st.integers(1, 3),
-    st.integers(1, 40),
-    st.integers(1, 40),
-    st.integers(1, 150),
-    st.booleans(),
-    st.booleans(),
-    st.integers(0, 2**31),
-)
+@of_all_shapes(40)
 def test_it_is_the_formula(dtype, samples, tokens, inner, outer, biased, gated, seed):
     inner, outer = 4 * inner, 2 * outer if gated else outer
     x, weight, bias = drawn((samples, tokens), inner, outer, dtype, seed)
