@@ -25,6 +25,7 @@ DPM-Solver++ 2M and 3M, each uniform in log-SNR, on Karras' grid and even in tim
 
 import argparse
 import dataclasses
+import functools
 import json
 import shlex
 import sys
@@ -39,7 +40,7 @@ from torch import Tensor
 
 from reverie.diffusion.denoisers import Denoiser
 from reverie.diffusion.grids import uniform_log_snr
-from reverie.diffusion.hopping import hopped, worth
+from reverie.diffusion.hopping import Jury, hopped
 from reverie.diffusion.lengthening import lengthened
 from reverie.diffusion.oracle_stack import random_circles, random_stack
 from reverie.diffusion.polish import Aim
@@ -49,20 +50,25 @@ from reverie.diffusion.runge_kutta_pair import integrate
 from reverie.diffusion.samplers.learned import Recipe, as_recipe
 from reverie.diffusion.samplers.unipc import UniPC
 from reverie.diffusion.schedules import Schedule, Table
-from reverie.diffusion.starts import solved, stages, two_ends
+from reverie.diffusion.shortening import shortened
+from reverie.diffusion.starts import MANY as MANY_STEPS
+from reverie.diffusion.starts import beside_borders, solved, stages, two_ends
 from reverie.diffusion.trajectories import Trajectories, trajectories
 from reverie.diffusion.tuning import published, tune
 from reverie.diffusion.walking import follow
 
 PACKAGES = ("reverie", "torch", "numpy", "diffusers", "k-diffusion")
 NFES = (4, 5, 6, 8, 10, 15, 20, 30, 50)
-TUNED_ON, UNSEEN = (0, 1, 2, 3), (100, 101, 102, 103)  # seeds of the mixtures
-TRAINING, STAGES = 512, 4  # evenly drawn starts of each mixture in a stage, and as many at borders; stages
+KNOWN, UNSEEN = (0, 1, 2, 3), (100, 101, 102, 103)  # seeds of the mixtures
+TUNED_ON = (*KNOWN, 4, 5, 6, 7, 8, 9, 10, 11)  # of those that solvers are fitted to
+TRAINING, STAGES = 172, 4  # evenly drawn starts of each mixture in a stage, and as many at borders; stages
 # Of each solver that is made: for how much the mean error counts, and starts at borders.
 WAYS = ((0.5, 30.0), (0.9, 30.0))
-AFTER_HOPS = 12  # rounds of polishing in each of two stages
+TRIED = 4  # of so many starts one is used to try which step is left out
+LEAPS = 480  # over N^2, leaps from a solver of N steps at most
+AFTER_LEAPS = 12  # rounds of polishing in each of two stages; and after a step is left out
 CHOICE = 0.8  # for how much the root mean square counts beside the typical error when one of them is chosen
-CHOOSING = 8192  # other starts of each mixture, drawn evenly, by which one of them is chosen
+CHOOSING = 512, 2048  # other starts of each mixture by which one of them is chosen: drawn evenly, beside borders
 EXACT, MANY = 300, 1000  # steps of their exact solution; of the truth where a schedule begins with noise alone
 DRAWS = 100  # of the starts, for an interval
 
@@ -157,53 +163,70 @@ class Lessons:
 
     walked: Trajectories
     stages: list[list[Trajectories]]
-    choosing: Trajectories
+    jury: Jury
 
     @staticmethod
-    def of(dimension: int, schedule: str) -> "Lessons":
+    def of(dimension: int, schedule: str, many: bool) -> "Lessons":
         """Return those of the mixtures that are tuned on."""
         walked = Starts(dimension, TUNED_ON, TRAINING // 2, "walking", schedule=schedule).to_fit()
         drawn = dimension, TUNED_ON, TRAINING * STAGES, schedules[schedule](), "tuning"
         starts = *random_stack(*drawn), random_circles(*drawn)
-        fitting = stages(*starts, len(TUNED_ON), dimension, [TRAINING] * STAGES, EXACT)
-        others = random_stack(dimension, TUNED_ON, CHOOSING, schedules[schedule](), "choosing")
-        return Lessons(walked, fitting, two_ends(*others, steps=EXACT, numbers=dimension))
+        fitting = stages(*starts, len(TUNED_ON), dimension, [TRAINING] * STAGES, EXACT, many)
+        return Lessons(walked, fitting, Lessons.judges(dimension, schedule))
+
+    @staticmethod
+    @functools.cache
+    def judges(dimension: int, schedule: str) -> Jury:
+        """Return what solvers are chosen by."""
+        even, beside = ((dimension, TUNED_ON, count, schedules[schedule](), "choosing") for count in CHOOSING)
+        stack, x = random_stack(*even)
+        near = beside_borders(stack, random_circles(*beside), CHOOSING[1] * len(TUNED_ON), dimension, EXACT)
+        return Jury(two_ends(stack, x, steps=EXACT, numbers=dimension), near, CHOICE)
 
     def with_borders(self, part: float) -> list[list[Trajectories]]:
         """Return the stages, those at borders counting for so much."""
         return [[even, dataclasses.replace(border, part=part)] for even, border in self.stages]
 
+    def ready(self, evaluations: int) -> Recipe:
+        """Return what `auto` takes."""
+        return general_recipe(self.walked.denoiser.schedule, evaluations, self.walked.numbers)
 
-def tuned_recipe(lessons: Lessons, evaluations: int, fewer: Recipe | None, options: argparse.Namespace) -> Recipe:
+    def tuned(self, evaluations: int, more: list[Recipe], mean: float, border: float, options: Any) -> Recipe:
+        """Return what `tune` finds, of some solvers among others."""
+        stages = self.with_borders(border)
+        return tune([self.walked], evaluations, options.walks, options.rounds, None, more, stages, Aim(mean))[0]
+
+
+def from_most(lessons: Lessons, evaluations: list[int], options: argparse.Namespace) -> dict[int, Recipe]:
+    """Return solvers of many steps: the one of most is tuned, and each of the others made of the one of more."""
+    (mean, border), found = WAYS[-1], dict[int, Recipe]()
+    stages = lessons.with_borders(border)
+    tried = [one.rows(range(0, len(one.end), TRIED)) for one in stages[0]]
+    recipe = lessons.tuned(max(evaluations), [lessons.ready(max(evaluations))], mean, border, options)
+    for steps in sorted(evaluations, reverse=True):
+        found[steps] = recipe = shortened(tried, stages, recipe, steps, AFTER_LEAPS, Aim(mean))
+    return found
+
+
+def tuned_recipe(
+    lessons: Lessons, evaluations: int, fewer: Recipe | None, shorter: Recipe | None, options: argparse.Namespace
+) -> Recipe:
     """Return the best of some recipes that are found, by the typical and the root mean square error of other starts.
 
     Arguments:
         lessons: What they are found from.
         evaluations: Their steps.
         fewer: The solver of fewer steps that was found before, where there is one.
+        shorter: The solver that was made of one of more, where there is one.
         options: The script's.
     """
-    ready = general_recipe(lessons.walked.denoiser.schedule, evaluations, lessons.walked.numbers)
-    found = [
-        tune(
-            [lessons.walked],
-            evaluations,
-            options.walks,
-            options.rounds,
-            more=[ready] if fewer is None else [ready, fewer],
-            stages=lessons.with_borders(border),
-            aim=Aim(mean),
-        )[0]
-        for mean, border in WAYS
-    ]
-    unharmed = None if fewer is None else lengthened(lessons.stages[0], fewer, evaluations)
-    candidates = [ready, unharmed, *found]
-    best = min(
-        (one for one in candidates if one is not None), key=lambda recipe: worth(recipe, lessons.choosing, CHOICE)
-    )
-    mean, border = WAYS[-1]
-    stages = lessons.with_borders(border)
-    return hopped(best, stages, lessons.choosing, options.hops, AFTER_HOPS, Aim(mean), CHOICE)
+    more = [lessons.ready(evaluations), *([fewer] if fewer else [])]
+    found = [lessons.tuned(evaluations, more, *way, options) for way in WAYS] if evaluations <= MANY_STEPS else []
+    whole = [lengthened(lessons.stages[0], one, evaluations) for one in more]
+    candidates = [one for one in (*whole, *found, shorter) if one is not None]
+    best = min(candidates, key=lessons.jury.error)
+    (mean, border), leaps = WAYS[-1], min(options.hops, LEAPS // evaluations**2)
+    return hopped(best, lessons.with_borders(border), lessons.jury, leaps, AFTER_LEAPS, Aim(mean))
 
 
 def peer_errors(starts: Starts, evaluations: int, folder: Path | None) -> dict[str, Tensor]:
@@ -308,8 +331,10 @@ def main() -> None:
     parser.add_argument("--evaluations", default=",".join(map(str, NFES)), help="with commas")
     parser.add_argument("--schedule", default="linear", help="by name")
     parser.add_argument("--walks", type=int, default=10, help="candidate grids that tune may try")
-    parser.add_argument("--rounds", type=int, default=40, help="rounds of polishing")
-    parser.add_argument("--hops", type=int, default=12, help="leaps from the best solver of each column")
+    parser.add_argument("--rounds", type=int, default=20, help="rounds of polishing")
+    parser.add_argument(
+        "--hops", type=int, default=12, help="leaps from the best solver of each column, fewer of many steps"
+    )
     parser.add_argument("--starts", type=int, default=8192, help="starts of each mixture")
     parser.add_argument("--most", type=int, default=20, help="evaluations up to which a solver is tuned")
     parser.add_argument("--peers", type=Path, help="a folder where the truth and the peers' errors are kept, and read")
@@ -318,12 +343,15 @@ def main() -> None:
     torch.set_grad_enabled(False)
     began, rows = time.perf_counter(), []
     for dimension in map(int, options.dimensions.split(",")):
-        starts = Starts(dimension, (*TUNED_ON, *UNSEEN), options.starts, "solvers", options.peers, options.schedule)
+        starts = Starts(dimension, (*KNOWN, *UNSEEN), options.starts, "solvers", options.peers, options.schedule)
         nfes = [int(word) for word in options.evaluations.split(",")]
-        lessons = Lessons.of(dimension, options.schedule) if min(nfes) <= options.most else None
-        recipe = None
+        lessons = functools.cache(functools.partial(Lessons.of, dimension, options.schedule))
+        many = [nfe for nfe in nfes if MANY_STEPS <= nfe <= options.most]
+        shorter, recipe = from_most(lessons(True), many, options) if many else {}, None
         for nfe in nfes:
-            recipe = tuned_recipe(lessons, nfe, recipe, options) if lessons and nfe <= options.most else None
+            tuned = nfe <= options.most
+            given = lessons(nfe >= MANY_STEPS) if tuned else None
+            recipe = tuned_recipe(given, nfe, recipe, shorter.get(nfe), options) if given else None
             rows.append(column(starts, nfe, recipe, options.peers))
             print(f"{dimension}-D, {nfe}, {time.perf_counter() - began:.0f} s: {brief(rows[-1])}", file=sys.stderr)
             if options.json:

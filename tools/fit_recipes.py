@@ -17,6 +17,10 @@ holds for mixtures alone they have learned. Where none is left, a row goes, and 
     python tools/fit_recipes.py --schedules linear --teachers runs/digits --networks runs/digits,runs/mnist
 
 also fits them to a trained network, which counts as much as all the mixtures together.
+
+    python tools/fit_recipes.py --schedules linear --steps 20,15 --shortened 16
+
+makes solvers of up to so many steps of those of more as well, by leaving steps out.
 """
 
 import argparse
@@ -46,6 +50,7 @@ from reverie.diffusion.samplers.base import Sampler
 from reverie.diffusion.samplers.exponential import step_weights
 from reverie.diffusion.samplers.learned import Learned, Recipe
 from reverie.diffusion.schedules import Schedule
+from reverie.diffusion.shortening import shortened
 from reverie.diffusion.starts import Circles, stages
 from reverie.diffusion.trajectories import Trajectories, trajectories
 from reverie.diffusion.tuning import PAST, published, tune
@@ -61,11 +66,13 @@ EXACT = 300  # steps of the exact solutions
 WALKS, ROUNDS, STAGES = 10, 12, 2
 AIM = Aim(noise=0.3)  # (polish.py, 1): the networks that these serve have errors of their own
 MEANS = (0.5, 0.9)  # for how much the mean error counts, of each solver that is fitted
+BETWEEN = 0.7  # and of one that is made of one of more steps
 # How much those errors count, and rounds, of solvers that are hardly moved.
 CAREFUL = tuple(product((0.1, 0.3), (2, 4)))
-SHARES = (0.25, 0.5, 0.75)  # of the way from a solver that the file has to the one that was fitted
+SHARES = (0.25, 0.5, 0.75, 0.85)  # of the way from a solver that the file has to the one that was fitted
 SAMPLES, FARTHER = 24, 1.2  # samples of a network; how many times as far as UniPC a solver may be on it
 TAUGHT = 32  # samples of a network that is fitted to
+TRIED, AFTER = 4, 4  # of so many starts one is used to try which step is left out; rounds after each
 MANY = 20  # steps, above which published solvers are polished and no grids are walked
 
 
@@ -115,6 +122,12 @@ def fit(lessons: Lessons, steps: int, known: Sequence[Recipe], mean: float) -> R
     if steps <= MANY:
         return tune(lessons.walked, steps, WALKS, ROUNDS, more=known, stages=lessons.stages, aim=aim)[0]
     return polished(lessons.stages, judged(lessons.stages[0], list(known), aim)[0][0], ROUNDS, aim)
+
+
+def made_of_more(lessons: Lessons, longer: Recipe, steps: int) -> Recipe:
+    """Return a solver of so many steps made of one of more."""
+    tried = [one.rows(range(0, len(one.end), TRIED)) for one in lessons.stages[0]]
+    return shortened(tried, lessons.stages, longer, steps, AFTER, AIM._replace(mean=BETWEEN))
 
 
 def polished(stages: Sequence[Sequence[Trajectories]], recipe: Recipe, rounds: int, aim: Aim) -> Recipe:
@@ -247,6 +260,7 @@ def main() -> None:
     parser.add_argument("--steps", default=",".join(map(str, STEPS)), help="with commas")
     parser.add_argument("--networks", default="", help="trained models of the schedule, with commas")
     parser.add_argument("--teachers", default="", help="trained models of the schedule, with commas")
+    parser.add_argument("--shortened", type=int, default=0, help="steps up to which longer solvers are shortened, too")
     parser.add_argument("--out", type=Path, default=FILE, help="the file of recipes")
     options = parser.parse_args()
     torch.set_grad_enabled(False)
@@ -267,7 +281,10 @@ def main() -> None:
             if fewer:
                 longer = lengthened(lessons.stages[0], of_row(rows[str(fewer)]), steps, aim=AIM)
                 candidates |= {} if longer is None else {"lengthened": longer}
+            more = min((n for n in map(int, rows) if n > steps), default=0)
             fitted = {f"fitted {mean}": fit(lessons, steps, list(candidates.values()), mean) for mean in MEANS}
+            if more and steps <= options.shortened:
+                fitted |= {"shortened": made_of_more(lessons, of_row(rows[str(more)]), steps)}
             if networks and not teachers:
                 candidates |= careful(lessons, steps)
             before = candidates.get("kept", candidates[UNIPC])

@@ -2,22 +2,24 @@ r"""A solver made better by leaps: moved by chance, polished, and kept where sta
 
 Polishing goes downhill, and ends in a valley of its measure (polish.py, 1). There are many, and from a place beside
 the lowest point of one it comes to another. What is asked of other starts is the error itself, which follows the
-measure in the large and not from valley to valley: that of a few starts in ten thousand, which end on the wrong side.
+measure in the large and not from valley to valley: the typical one of starts that are drawn evenly, and the root mean
+square as starts beside borders tell it (starts.py, 3), of which one in ten thousand ends on the wrong side, or fewer.
 
 References:
     Global Optimization by Basin-Hopping and the Lowest Energy Structures of Lennard-Jones Clusters (Wales & Doye, 1997)
     https://arxiv.org/abs/cond-mat/9803344
 """
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from reverie.base.randomness import generator
-from reverie.diffusion.polish import AIM, Aim, attempt, polish
+from reverie.diffusion.polish import AIM, FLOOR, Aim, attempt, polish, squares
 from reverie.diffusion.samplers.learned import Recipe
 from reverie.diffusion.trajectories import Trajectories
-from reverie.diffusion.tuning import loss
 from reverie.diffusion.walking import Bounds, pack, unpack
 
 SIZES = (0.1, 0.2)  # of the leaps in turn: deviations of lambdas, in the shorter of the steps beside each
@@ -25,14 +27,40 @@ OF_WEIGHTS = 0.3  # of such a size, deviations of weights
 STAGES = 2  # that a solver is polished on after a leap
 
 
+@dataclass(frozen=True)
+class Jury:
+    """Starts by which solvers are chosen.
+
+    Arguments:
+        even: Drawn evenly.
+        beside: Beside borders.
+        mean: For how much the mean of squares counts in the choice, beside the typical error.
+    """
+
+    even: Trajectories
+    beside: Trajectories
+    mean: float = 0.5
+
+    def error(self, recipe: Recipe) -> float:
+        """Return a solver's error, the logarithm of a square; infinite where it leaves what numbers can hold."""
+        tried = [attempt([one], recipe) for one in (self.even, self.beside)]
+        if any(one is None for one in tried):
+            return math.inf
+        even, beside = (
+            squares(one, paths[0].x[-1]) + FLOOR
+            for one, (paths, _) in zip((self.even, self.beside), (t for t in tried if t is not None), strict=True)
+        )
+        typical, mean = (self.even.share * even.log()).sum(), (self.beside.share * beside).sum().log()
+        return float((1 - self.mean) * typical + self.mean * mean)
+
+
 def hopped(
     recipe: Recipe,
     stages: Sequence[Sequence[Trajectories]],
-    others: Trajectories,
+    jury: Jury,
     hops: int,
     rounds: int,
     aim: Aim = AIM,
-    mean: float = 0.5,
     seed: int = 0,
 ) -> Recipe:
     """Return the best solver of those found by some leaps, each from the best before it.
@@ -40,30 +68,23 @@ def hopped(
     Arguments:
         recipe: Where to begin: that is returned where nothing is better.
         stages: What solvers are polished on, two after each leap, in turn.
-        others: Starts by which they are chosen.
+        jury: By what they are chosen.
         hops: The number of leaps.
         rounds: Rounds of polishing on each of the two.
         aim: What polishing aims at.
-        mean: For how much the mean of squares counts in the choice, beside the typical error (tuning.loss).
         seed: Seed of the leaps.
     """
-    random, bounds = generator(seed, "hopping"), Bounds.of(others)
-    best, least = recipe, worth(recipe, others, mean)
+    random, bounds = generator(seed, "hopping"), Bounds.of(jury.even)
+    best, least = recipe, jury.error(recipe)
     for hop in range(hops):
         tried = leapt(best, SIZES[hop % len(SIZES)], bounds, random)
         for measured in (stages[(hop + k) % len(stages)] for k in range(STAGES)):
             if attempt(measured, tried, aim) is not None:
                 tried, _ = polish(measured, tried, rounds, aim=aim)
-        error = worth(tried, others, mean)
+        error = jury.error(tried)
         if error < least:
             best, least = tried, error
     return best
-
-
-def worth(recipe: Recipe, others: Trajectories, mean: float) -> float:
-    """Return a solver's error on some starts; infinite where it leaves what numbers can hold."""
-    found = attempt([others], recipe)
-    return float("inf") if found is None else loss([others], [found[0][0].x[-1]], mean)
 
 
 def leapt(recipe: Recipe, size: float, bounds: Bounds, random: np.random.Generator) -> Recipe:

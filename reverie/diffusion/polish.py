@@ -41,11 +41,24 @@ from reverie.base.errors import NonFiniteError
 from reverie.diffusion.predictions import Data
 from reverie.diffusion.samplers.learned import Recipe
 from reverie.diffusion.trajectories import Trajectories
-from reverie.diffusion.walking import NUDGE, Bounds, Path, blend, derivatives, follow, pack, unpack
+from reverie.diffusion.walking import (
+    NUDGE,
+    Bounds,
+    Path,
+    blend,
+    derivatives,
+    follow,
+    joined,
+    of_lambdas,
+    pack,
+    room,
+    unpack,
+)
 
 TYPICAL = 0.1  # f of (1), in medians of the squared error
 FLOOR = 1e-14  # added to squared errors before their logarithm is taken
-TRIES = 6  # dampings that a round tries
+DAMPINGS = tuple(10.0 ** (k / 2) for k in range(-14, 5))  # that a round tries
+ROUNDING = 1e-12  # of a lambda
 ENOUGH = 1e-4  # what a round must gain for another to follow
 
 
@@ -149,29 +162,44 @@ def polish(
         progress: Called with the rounds done and L.
         aim: a and b of (1).
     """
-    bounds, damping = Bounds.of(sets[0]), 1e-2
+    bounds = Bounds.of(sets[0])
     paths = [follow(one, recipe) for one in sets]
     best = measure(sets, recipe, paths, aim)
     for done in range(1, rounds + 1):
-        found = None
         normal, gradient = equations(sets, recipe, paths, aim)
-        for _ in range(TRIES):
-            damped = normal + torch.diag(damping * normal.diagonal() + 1e-12 * normal.diagonal().max())
-            tried = unpack(pack(recipe) - torch.linalg.solve(damped, gradient), recipe, bounds)
-            found = attempt(sets, tried, aim)
-            if found is not None and found[1] < best:
-                damping = max(damping / 4, 1e-7)
-                break
-            found, damping = None, damping * 5
+        # The measure is rough, and where one damping leads uphill a lower may not; a try costs little beside a round.
+        moves = [within(damped(normal, damping), gradient, recipe, bounds) for damping in DAMPINGS]
+        tried = [unpack(pack(recipe) - move, recipe, bounds) for move in moves]
+        found = [(one, *there) for one in tried if (there := attempt(sets, one, aim)) is not None and there[1] < best]
+        gained = best - min((value for *_, value in found), default=best)
+        if found:
+            recipe, paths, best = min(found, key=lambda one: one[2])
         if progress:
-            progress(done, best if found is None else found[1])
-        if found is None:
-            break
-        gained = best - found[1]
-        recipe, (paths, best) = tried, found
+            progress(done, best)
         if gained < ENOUGH:
             break
     return recipe, best
+
+
+def damped(matrix: Tensor, damping: float) -> Float[Tensor, "p p"]:
+    """Return normal equations' matrix, damped by so much of its diagonal."""
+    diagonal = matrix.diagonal()
+    return matrix + torch.diag(damping * diagonal + 1e-12 * diagonal.max())
+
+
+def within(matrix: Tensor, side: Tensor, recipe: Recipe, bounds: Bounds) -> Float[Tensor, " p"]:
+    """Return the solution of normal equations that keeps lambdas in order and within bounds: of those that would come
+    too near to each other both move alike, and those that would leave the bounds stay."""
+    theta, places = pack(recipe), of_lambdas(recipe)
+    before = room(theta[places], recipe, bounds)
+    stuck = torch.zeros_like(before, dtype=torch.bool)
+    while True:
+        ways = joined(len(theta), places, stuck)
+        move = ways @ torch.linalg.solve(ways.mT @ matrix @ ways, ways.mT @ side)
+        short = ~stuck & (room((theta - move)[places], recipe, bounds) < before.clamp(max=0) - ROUNDING)
+        if not bool(short.any()):
+            return move
+        stuck |= short
 
 
 def attempt(sets: Sequence[Trajectories], recipe: Recipe, aim: Aim = AIM) -> tuple[list[Path], float] | None:

@@ -15,16 +15,28 @@ of |delta| there. Borders are found on circles of noise: with x and y drawn even
 and where such circles cross a border the crossings lie as densely as starts would. Of a quarter of a circle that half
 is kept, again and again, whose two ends end farther from each other. Errors count by e / s.
 
+The better a solver, the nearer to a border the starts that it takes to the wrong side, and the fewer. To tell how many
+they are, and so its root mean square error, starts are drawn at angles a + u beside the crossing at a, as many for each
+power of ten of |u|; drawn evenly, there would be fewer in proportion to |u|, so that
+
+    E |e|^2 ~ sum_i |u_i| |e_i|^2 / sum_i |u_i|                                                          (3)
+
+up to a factor that is the same for all solvers: importance sampling. Ten thousand such starts say it to a few in a
+hundred, where of as many drawn evenly one ends on the wrong side, or none.
+
 References:
     Elliptical slice sampling (Murray, Adams & MacKay, 2010): circles (2)
     https://arxiv.org/abs/1001.0175
+    Monte Carlo theory, methods and examples (Owen, 2013): importance sampling, chapter 9, (9.7)
+    https://artowen.su.domains/mc/
 """
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from reverie.base.randomness import Noise, normal
@@ -40,7 +52,12 @@ Circles = Callable[[Float[Tensor, " m"]], Data]  # equation (2): the starts (M, 
 
 ASIDE = 1e-3  # h of (1), in deviations of the noise
 ROUGH = 32  # steps in which borders and s are found
-HALVINGS = (5, 7, 9)  # of a quarter of a circle, in turn: from 2 degrees around a border to a tenth of one
+HALVINGS = (5, 7, 9)  # of a quarter of a circle, in turn: from 3 degrees around a border to a fifth of one
+NEARER = (7, 9, 11)  # where many steps are taken
+MANY = 10  # steps, from which on their errors are so small that borders must be known better
+CLOSE = 128  # steps in which those are found
+BESIDE = (1e-5, 0.5)  # the least and the most |u| of (3), in radians
+CROSSING = 17  # halvings, until the least of them
 LEAST = 0.1  # of the middle s, at the least
 BORDER = 9.0  # for how much a set of starts at borders counts, beside one that is drawn evenly
 
@@ -112,18 +129,58 @@ def at_borders(
         >>> bool(sensitivity(oracle, found).mean() > 5 * sensitivity(oracle, x).mean())
         True
     """
-    low, high = torch.zeros(count, dtype=torch.float64), torch.full((count,), math.pi / 2, dtype=torch.float64)
     wanted = torch.tensor(halvings)[torch.arange(count) % len(halvings)]
+    low, high = narrowed(denoiser, around, wanted, steps)
+    place = torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return around(low + place * (high - low))
+
+
+def narrowed(
+    denoiser: Denoiser, around: Circles, wanted: Int[Tensor, " m"], steps: int
+) -> tuple[Float[Tensor, " m"], Float[Tensor, " m"]]:
+    """Return the least and the greatest angle of what is left of each quarter after so many halvings as are wanted."""
+    count = len(wanted)
+    low, high = torch.zeros(count, dtype=torch.float64), torch.full((count,), math.pi / 2, dtype=torch.float64)
     first, last = (solved(denoiser, around(angle), steps) for angle in (low, high))
-    for done in range(max(halvings)):
+    for done in range(int(wanted.max())):
         middle = (low + high) / 2
         between = solved(denoiser, around(middle), steps)
         left = apart(first, between) > apart(between, last)
         down, up = left & (done < wanted), ~left & (done < wanted)
         low, high = torch.where(up, middle, low), torch.where(down, middle, high)
         first[up.to(first.device)], last[down.to(last.device)] = between[up], between[down]
-    place = torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return around(low + place * (high - low))
+    return low, high
+
+
+def beside_borders(
+    denoiser: Denoiser, around: Circles, count: int, numbers: int, steps: int = FINE, seed: int = 0
+) -> Trajectories:
+    """Return the two ends of trajectories from beside a border on each of some circles, which count by (3).
+
+    Arguments:
+        denoiser: The model, in float64, for angles as small as (3) asks.
+        around: The circles.
+        count: How many they are.
+        numbers: How many numbers a sample has.
+        steps: Steps of the exact solution.
+        seed: Seed of the angles.
+
+    Example:
+        >>> from reverie.diffusion.oracles import random_mixture
+        >>> from reverie.diffusion.schedules import linear
+        >>> x, y = (normal((50, 2), seed, "example").double() for seed in (0, 1))
+        >>> found = beside_borders(random_mixture(2, 0, linear()), circles(x, y), 50, 2)
+        >>> bool((found.share.max() > 1000 * found.share.min()) & (found.share.sum() - 1 < 1e-9))
+        True
+    """
+    low, high = narrowed(denoiser, around, torch.full((count,), CROSSING), CLOSE)
+    random = torch.Generator().manual_seed(seed)
+    even = (torch.randperm(count, generator=random) + torch.rand(count, generator=random, dtype=torch.float64)) / count
+    least, most = map(math.log, BESIDE)
+    away = (least + (most - least) * even).exp()
+    side = torch.randint(2, (count,), generator=random) * 2 - 1
+    found = two_ends(denoiser, around((low + high) / 2 + side * away), None, steps, numbers)
+    return replace(found, share=(away / away.sum()).to(found.end.device))
 
 
 def apart(x: Data, y: Data) -> Float[Tensor, " m"]:
@@ -160,7 +217,14 @@ def two_ends(
 
 
 def stages(
-    denoiser: Denoiser, x: Data, around: Circles, groups: int, numbers: int, counts: Sequence[int], steps: int = FINE
+    denoiser: Denoiser,
+    x: Data,
+    around: Circles,
+    groups: int,
+    numbers: int,
+    counts: Sequence[int],
+    steps: int = FINE,
+    many: bool = False,
 ) -> list[list[Trajectories]]:
     """Return what a solver is polished on in each of some stages: starts drawn evenly, and as many at borders.
 
@@ -172,9 +236,11 @@ def stages(
         numbers: How many numbers a sample has.
         counts: How many of each group a stage takes; no start is in two. Together they are M / groups.
         steps: Steps of the exact solutions.
+        many: The solver has MANY steps, or more.
     """
-    near = at_borders(denoiser, around, len(x))
-    sensitive = bounded(sensitivity(denoiser, near))
+    halvings, quick = (NEARER, CLOSE) if many else (HALVINGS, ROUGH)
+    near = at_borders(denoiser, around, len(x), halvings, quick)
+    sensitive = bounded(sensitivity(denoiser, near, quick))
     index, found = torch.arange(len(x)).reshape(groups, -1), []
     for rows in (part.flatten() for part in index.split(list(counts), dim=1)):
         border = two_ends(denoiser, near[rows], sensitive[rows], steps, numbers)

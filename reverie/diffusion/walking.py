@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from reverie.diffusion.denoisers import Denoiser
@@ -114,6 +114,40 @@ def unpack(theta: Float[Tensor, " p"], like: Recipe, bounds: Bounds) -> Recipe:
         rows.append(tuple(left.pop(0) for _ in row))
         kept += [left.pop(0)] if k + 1 < like.steps else []
     return Recipe(tuple(lam), tuple(rows), tuple(kept))
+
+
+def of_lambdas(recipe: Recipe) -> Int[Tensor, " n"]:
+    """Return where a recipe's lambdas are among its numbers."""
+    sizes = torch.tensor([len(row) + 2 for row in recipe.weights])
+    return sizes.cumsum(0) - sizes
+
+
+def room(lam: Float[Tensor, " n"], like: Recipe, bounds: Bounds) -> Float[Tensor, " m"]:
+    """Return how much room lambdas have: the first to its bound, each to the one before, and the last to its bound."""
+    first = lam[:1] - min(like.lam[0], bounds.least)
+    between = lam.clamp(min=bounds.least).diff() - GAP
+    return torch.cat([first, between, bounds.most - lam[-1:]])
+
+
+def joined(numbers: int, places: Int[Tensor, " n"], stuck: Bool[Tensor, " m"]) -> Float[Tensor, "p q"]:
+    """Return the ways that a recipe's numbers may move, where there is no room left at some of its lambdas.
+
+    Arguments:
+        numbers: How many numbers it has.
+        places: Which of them are lambdas.
+        stuck: Where there is none, as `room` has it (N + 1,).
+
+    Example:
+        >>> joined(4, torch.tensor([0, 3]), torch.tensor([False, True, False])).tolist()
+        [[0.0, 0.0, 1.0], [1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]
+        >>> joined(4, torch.tensor([0, 3]), torch.tensor([True, False, False])).shape
+        torch.Size([4, 3])
+    """
+    axes, group = torch.eye(numbers, dtype=torch.float64), (~stuck).cumsum(0)
+    others = torch.ones(numbers, dtype=torch.bool).index_fill(0, places, False)
+    # Of a group that touches neither bound: those have the first label and the last.
+    together = [axes[places[group[:-1] == one]].sum(0) for one in range(1, int(group[-1]))]
+    return torch.cat([axes[others], *(one[None] for one in together)]).mT
 
 
 # Derivatives ------------------------------------------------------------------------------------

@@ -15,10 +15,12 @@ from reverie.diffusion.polish import (
     gains,
     gains_slope,
     measure,
+    of_lambdas,
     pack,
     polish,
     squares,
     unpack,
+    within,
 )
 from reverie.diffusion.registry import schedules
 from reverie.diffusion.samplers.learned import Recipe
@@ -89,3 +91,19 @@ def test_where_errors_of_estimates_count_more_they_are_smaller_in_the_end(some, 
     found = [polish([one], recipe, 8, aim=Aim(noise=noise))[0] for noise in (1e-3, 1.0)]
     few, many = (float(gains(r).square().sum()) for r in reversed(found))
     assert few < many / 2
+
+
+def test_lambdas_that_would_come_too_near_move_alike_and_those_at_the_bounds_stay():
+    """The least of a parabola around numbers whose lambdas are out of order, or beyond the bounds."""
+    recipe = Recipe((-3.0, -1.0, 0.0, 2.0), ((1.0,), (1.0, 0.0), (1.0, 0.0), (1.0, 0.0)))
+    theta, places, bounds = pack(recipe), of_lambdas(recipe), Bounds(-3.0, 2.0)
+    want = theta.clone()
+    want[places] = torch.tensor([-4.0, 0.5, -0.5, 3.0], dtype=F64)
+    want[1] = 7.0
+    found = theta - within(torch.eye(len(theta), dtype=F64), theta - want, recipe, bounds)
+    assert found[places].tolist() == pytest.approx([-3.0, -0.5, 0.5, 2.0])  # the middle ones by the mean of both
+    assert found[1] == pytest.approx(7.0)
+    inside = want.clone()
+    inside[places] = torch.tensor([-2.9, 0.5, 0.6, 1.9], dtype=F64)
+    found = theta - within(torch.eye(len(theta), dtype=F64), theta - inside, recipe, bounds)
+    torch.testing.assert_close(found, inside)

@@ -4,11 +4,26 @@ import pytest
 import torch
 
 from reverie.base.randomness import normal
+from reverie.diffusion.grids import uniform_log_snr
 from reverie.diffusion.oracle_stack import random_circles, random_stack
 from reverie.diffusion.oracles import Mixture, random_mixture
 from reverie.diffusion.polish import Aim, judged, polish, squares
 from reverie.diffusion.registry import schedules
-from reverie.diffusion.starts import BORDER, LEAST, at_borders, bounded, circles, sensitivity, solved, stages, two_ends
+from reverie.diffusion.samplers.learned import as_recipe
+from reverie.diffusion.samplers.unipc import UniPC
+from reverie.diffusion.starts import (
+    BESIDE,
+    BORDER,
+    LEAST,
+    at_borders,
+    beside_borders,
+    bounded,
+    circles,
+    sensitivity,
+    solved,
+    stages,
+    two_ends,
+)
 from reverie.diffusion.trajectories import trajectories
 from reverie.diffusion.tuning import published
 from reverie.diffusion.walking import follow
@@ -120,3 +135,40 @@ def test_polished_on_them_as_well_a_solver_ends_seldomer_on_the_wrong_side():
         wrong[word] = int((squares(unseen, follow(unseen, recipe).x[-1]) > 0.1).sum())
     assert wrong["even"] > 40
     assert wrong["both"] < 0.75 * wrong["even"]
+
+
+def test_starts_beside_borders_lie_on_either_side_as_many_for_each_power_of_ten():
+    """Two modes on a line: the border is x = 0, and an angle beside it the arc sine of x, of noise of norm 1."""
+    schedule, count = schedules["linear"](), 400
+    angle = torch.linspace(0.1, 1.4, count, dtype=F64)
+    x, y = torch.stack([angle.cos(), angle.sin()], 1), torch.stack([-angle.sin(), angle.cos()], 1)
+    found = beside_borders(two_points(schedule), circles(x, y), count, 2)
+    off = found.x[0][:, 0].asin()
+    assert 170 < (off > 0).sum() < 230  # within 3 standard deviations
+    away = off.abs().sort().values.log10()
+    least, most = (torch.tensor(value, dtype=F64).log10() for value in BESIDE)
+    even = least + (most - least) * (torch.arange(count, dtype=F64) + 0.5) / count
+    torch.testing.assert_close(away[50:], even[50:], rtol=0, atol=0.1)  # nearer ones by how well the border is known
+    torch.testing.assert_close(found.share, off.abs() / off.abs().sum(), rtol=0, atol=1e-5)
+
+
+def test_a_few_starts_beside_borders_say_the_mean_square_error_of_many():
+    """By 10 and by 20 steps in 16 dimensions: the ratio of the two, by 600 starts beside borders and 60,000 others."""
+    schedule = schedules["linear"]()
+    stack, x = random_stack(16, (3,), 60_000, schedule, "many")
+    truth, many = two_ends(stack, x, steps=200, numbers=16), []
+    few, said = beside_borders(stack, random_circles(16, (3,), 600, schedule, "few"), 600, 16, 200), []
+    for steps in (10, 20):
+        recipe = as_recipe(UniPC(), schedule, uniform_log_snr(schedule, steps))
+        for one, values in ((truth, many), (few, said)):
+            errors = squares(one, follow(one, recipe).x[-1])
+            values.append(float((one.share * errors).sum()))
+    assert many[0] / many[1] > 3
+    assert said[0] / said[1] == pytest.approx(many[0] / many[1], rel=0.4)
+
+
+def test_where_many_steps_are_taken_borders_are_nearer():
+    drawn = 16, (1, 2), 32, schedules["linear"](), "test starts"
+    (stack, x), around = random_stack(*drawn), random_circles(*drawn)
+    few, many = (stages(stack, x, around, 2, 16, [32], 32, many)[0][1] for many in (False, True))
+    assert sensitivity(stack, many.x[0], 64).log().mean() > sensitivity(stack, few.x[0], 64).log().mean()
