@@ -260,6 +260,7 @@ def main() -> None:
     parser.add_argument("--steps", default=",".join(map(str, STEPS)), help="with commas")
     parser.add_argument("--networks", default="", help="trained models of the schedule, with commas")
     parser.add_argument("--teachers", default="", help="trained models of the schedule, with commas")
+    parser.add_argument("--most", type=int, default=max(STEPS), help="steps up to which any are fitted")
     parser.add_argument("--shortened", type=int, default=0, help="steps up to which longer solvers are shortened, too")
     parser.add_argument("--out", type=Path, default=FILE, help="the file of recipes")
     options = parser.parse_args()
@@ -282,12 +283,16 @@ def main() -> None:
                 longer = lengthened(lessons.stages[0], of_row(rows[str(fewer)]), steps, aim=AIM)
                 candidates |= {} if longer is None else {"lengthened": longer}
             more = min((n for n in map(int, rows) if n > steps), default=0)
-            fitted = {f"fitted {mean}": fit(lessons, steps, list(candidates.values()), mean) for mean in MEANS}
+            means = MEANS if steps <= options.most else ()
+            fitted = {f"fitted {mean}": fit(lessons, steps, list(candidates.values()), mean) for mean in means}
             if more and steps <= options.shortened:
                 fitted |= {"shortened": made_of_more(lessons, of_row(rows[str(more)]), steps)}
-            if networks and not teachers:
+            if networks and means and not teachers:
                 candidates |= careful(lessons, steps)
             before = candidates.get("kept", candidates[UNIPC])
+            if not means:  # what lies between the published ones is all that is tried
+                fitted = {word: recipe for word, recipe in candidates.items() if word != UNIPC}
+                before = candidates[UNIPC]
             for word, recipe in fitted.items():
                 ways = {f"{word}, between {share}": between(before, recipe, share) for share in SHARES}
                 candidates |= {word: recipe} | ways

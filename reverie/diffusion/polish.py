@@ -45,6 +45,7 @@ from reverie.diffusion.walking import (
     NUDGE,
     Bounds,
     Path,
+    Smooth,
     blend,
     derivatives,
     follow,
@@ -58,6 +59,7 @@ from reverie.diffusion.walking import (
 TYPICAL = 0.1  # f of (1), in medians of the squared error
 FLOOR = 1e-14  # added to squared errors before their logarithm is taken
 DAMPINGS = tuple(10.0 ** (k / 2) for k in range(-14, 5))  # that a round tries
+FEWER = 4  # of so many dampings one is tried where each asks a network
 ROUNDING = 1e-12  # of a lambda
 ENOUGH = 1e-4  # what a round must gain for another to follow
 
@@ -163,19 +165,22 @@ def polish(
         aim: a and b of (1).
     """
     bounds = Bounds.of(sets[0])
+    # The measure is rough, and where one damping leads uphill a lower may not; a try of a network costs something.
+    dampings = DAMPINGS if all(isinstance(one.denoiser, Smooth) for one in sets) else DAMPINGS[::FEWER]
     paths = [follow(one, recipe) for one in sets]
     best = measure(sets, recipe, paths, aim)
     for done in range(1, rounds + 1):
+        found, least = recipe, best
         normal, gradient = equations(sets, recipe, paths, aim)
-        # The measure is rough, and where one damping leads uphill a lower may not; a try costs little beside a round.
-        moves = [within(damped(normal, damping), gradient, recipe, bounds) for damping in DAMPINGS]
-        tried = [unpack(pack(recipe) - move, recipe, bounds) for move in moves]
-        found = [(one, *there) for one in tried if (there := attempt(sets, one, aim)) is not None and there[1] < best]
-        gained = best - min((value for *_, value in found), default=best)
-        if found:
-            recipe, paths, best = min(found, key=lambda one: one[2])
+        for damping in dampings:
+            move = within(damped(normal, damping), gradient, recipe, bounds)
+            tried = unpack(pack(recipe) - move, recipe, bounds)
+            there = attempt(sets, tried, aim)
+            if there is not None and there[1] < least:
+                found, (paths, least) = tried, there
         if progress:
-            progress(done, best)
+            progress(done, least)
+        gained, recipe, best = best - least, found, least
         if gained < ENOUGH:
             break
     return recipe, best
