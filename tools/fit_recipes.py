@@ -291,7 +291,7 @@ def main() -> None:
                 candidates |= careful(lessons, steps)
             before = candidates.get("kept", candidates[UNIPC])
             if not means:  # what lies between the published ones is all that is tried
-                fitted = {word: recipe for word, recipe in candidates.items() if word != UNIPC}
+                fitted = {word: recipe for word, recipe in candidates.items() if word != UNIPC} | fitted
                 before = candidates[UNIPC]
             for word, recipe in fitted.items():
                 ways = {f"{word}, between {share}": between(before, recipe, share) for share in SHARES}

@@ -43,13 +43,12 @@ class Jury:
 
     def error(self, recipe: Recipe) -> float:
         """Return a solver's error, the logarithm of a square; infinite where it leaves what numbers can hold."""
-        tried = [attempt([one], recipe) for one in (self.even, self.beside)]
-        if any(one is None for one in tried):
-            return math.inf
-        even, beside = (
-            squares(one, paths[0].x[-1]) + FLOOR
-            for one, (paths, _) in zip((self.even, self.beside), (t for t in tried if t is not None), strict=True)
-        )
+        squared = []
+        for one in (self.even, self.beside):
+            if (tried := attempt([one], recipe)) is None:
+                return math.inf
+            squared.append(squares(one, tried[0][0].x[-1]) + FLOOR)
+        even, beside = squared
         typical, mean = (self.even.share * even.log()).sum(), (self.beside.share * beside).sum().log()
         return float((1 - self.mean) * typical + self.mean * mean)
 

@@ -11,6 +11,7 @@ left out without which polishing comes farthest in a few rounds.
 
 from collections.abc import Sequence
 
+from reverie.base.errors import NonFiniteError
 from reverie.diffusion.polish import AIM, Aim, attempt, polish
 from reverie.diffusion.samplers.learned import Recipe
 from reverie.diffusion.trajectories import Trajectories
@@ -36,10 +37,15 @@ def shortened(
         steps: The steps, at least 1.
         rounds: Rounds of polishing after each.
         aim: What polishing aims at.
+
+    Raises:
+        NonFiniteError: There is no step without which it stays within what numbers can hold.
     """
     while recipe.steps > steps:
         shorter = [padded(without(recipe, k)) for k in range(recipe.steps)]
         found = [polish(tried, one, FEW, aim=aim) for one in shorter if attempt(tried, one, aim) is not None]
+        if not found:
+            raise NonFiniteError("without any one of its steps this solver leaves what numbers can hold")
         best = min(found, key=lambda one: one[1])[0]
         recipe, _ = polish(stages[recipe.steps % len(stages)], best, rounds, aim=aim)
     return recipe

@@ -2,6 +2,7 @@
 
 import pytest
 
+from reverie.base.errors import NonFiniteError
 from reverie.diffusion.polish import attempt
 from reverie.diffusion.samplers.learned import Recipe
 from reverie.diffusion.shortening import shortened, without
@@ -35,3 +36,9 @@ def test_what_is_left_is_polished_and_nearer_than_a_published_solver_of_as_many(
     assert found.steps == 5
     assert attempt([one], found)[1] < attempt([one], usual("linear", 5))[1] - 2
     assert shortened([one], [[one]], found, 5, 6) is found
+
+
+def test_where_no_step_can_be_left_out_it_says_so(some):
+    one, wild = some("linear"), Recipe((-5.0, 0.0, 1.0), ((1e200,), (1e200, 0.0), (1e200, 0.0, 0.0)))
+    with pytest.raises(NonFiniteError, match="any one of its steps"):
+        shortened([one], [[one]], wild, 2, 1)
