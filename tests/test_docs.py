@@ -161,7 +161,7 @@ def test_flags_exist(page):
         for parameter in command.get_params(click.Context(command)):
             known |= {*parameter.opts, *parameter.secondary_opts, *getattr(parameter, "aliases", ())}
     if page.stem == "benchmarks":  # it has the flags of the scripts, too
-        for script in (ROOT / "benchmarks").glob("*.py"):
+        for script in (*(ROOT / "benchmarks").glob("*.py"), *(ROOT / "tools").glob("*.py")):
             known |= set(re.findall(r'add\w*\(\s*"(--[a-z-]+)"', script.read_text()))
     mentioned = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", page.read_text()))
     assert mentioned <= known, mentioned - known
