@@ -12,7 +12,7 @@ left out without which polishing comes farthest in a few rounds.
 from collections.abc import Sequence
 
 from reverie.base.errors import NonFiniteError
-from reverie.diffusion.polish import AIM, Aim, attempt, polish
+from reverie.diffusion.polish import AIM, Aim, judged, polish
 from reverie.diffusion.samplers.learned import Recipe
 from reverie.diffusion.trajectories import Trajectories
 from reverie.diffusion.tuning import padded
@@ -43,7 +43,7 @@ def shortened(
     """
     while recipe.steps > steps:
         shorter = [padded(without(recipe, k)) for k in range(recipe.steps)]
-        found = [polish(tried, one, FEW, aim=aim) for one in shorter if attempt(tried, one, aim) is not None]
+        found = [polish(tried, one, FEW, aim=aim) for one, _ in judged(tried, shorter, aim)]
         if not found:
             raise NonFiniteError("without any one of its steps this solver leaves what numbers can hold")
         best = min(found, key=lambda one: one[1])[0]
