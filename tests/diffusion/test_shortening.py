@@ -3,9 +3,11 @@
 import pytest
 
 from reverie.base.errors import NonFiniteError
+from reverie.diffusion.lengthening import split
 from reverie.diffusion.polish import attempt
 from reverie.diffusion.samplers.learned import Recipe
 from reverie.diffusion.shortening import shortened, without
+from reverie.diffusion.walking import Bounds
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
 
@@ -18,14 +20,9 @@ def test_numbers_of_the_step_go_and_its_weights_are_the_next_ones():
     assert without(recipe, 3) == Recipe((-4.0, -2.0, 0.0), rows[:3], (1.0, 0.75))
 
 
-def test_a_step_that_does_nothing_is_the_one_that_goes(some, usual):
-    """Of seven steps the fourth is half of one of UniPC's six, and its estimate is not used: without it, they are those
-    six again."""
+def test_a_step_that_was_put_in_is_left_out_again(some, usual):
     one, recipe = some("linear"), usual("linear")
-    lam, rows = list(recipe.lam), list(recipe.weights)
-    lam.insert(3, (lam[2] + lam[3]) / 2)
-    longer = [(*row[: j - 2], 0.0, *row[j - 2 :]) for j, row in enumerate(rows[3:], 3)]
-    cut = Recipe(tuple(lam), (*rows[:3], (0.0, *rows[2]), *longer))
+    cut = split(recipe, 2, Bounds.of(one), past=10)
     assert without(cut, 3).lam == recipe.lam
     assert attempt([one], without(cut, 3))[1] == pytest.approx(attempt([one], recipe)[1], abs=1e-6)
 
