@@ -18,7 +18,7 @@ by
     w_i = p_i (1 - a) / d_i^2 + p_i a / (d_i sum_j p_j d_j)                                                (2)
 
 lowers (1): Levenberg's and Marquardt's rule does, with derivatives that need no graph (walking.py); a round costs about
-3.5 N^2 evaluations of each sample for N steps.
+3.5 N^2 evaluations of each sample for N steps, and N for each damping that is tried.
 
 References:
     S4S: Solving for a Diffusion Model Solver (Frankel et al., 2025)

@@ -21,8 +21,8 @@ power of ten of |u|; drawn evenly, there would be fewer in proportion to |u|, so
 
     E |e|^2 ~ sum_i |u_i| |e_i|^2 / sum_i |u_i|                                                          (3)
 
-up to a factor that is the same for all solvers: importance sampling. Ten thousand such starts say it to a few in a
-hundred, where of as many drawn evenly one ends on the wrong side, or none.
+up to a factor that is the same for all solvers: importance sampling. Ten thousand such starts mostly say it to within
+a tenth, where of as many drawn evenly one may end on the wrong side, or none.
 
 References:
     Elliptical slice sampling (Murray, Adams & MacKay, 2010): circles (2)
