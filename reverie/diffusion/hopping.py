@@ -3,7 +3,8 @@ r"""A solver made better by leaps: moved by chance, polished, and kept where sta
 Polishing goes downhill, and ends in a valley of its measure (polish.py, 1). There are many, and from a place beside
 the lowest point of one it comes to another. What is asked of other starts is the error itself, which follows the
 measure in the large and not from valley to valley: the typical one of starts that are drawn evenly, and the root mean
-square as starts beside borders tell it (starts.py, 3): it is that of the few in ten thousand that end on the wrong side.
+square as starts beside borders tell it (starts.py, 3): that of the few in ten thousand which end on the wrong
+side.
 
 References:
     Global Optimization by Basin-Hopping and the Lowest Energy Structures of Lennard-Jones Clusters (Wales & Doye, 1997)

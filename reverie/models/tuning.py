@@ -55,7 +55,8 @@ def tune_model(
         samples: Exact trajectories to fit to, the half of them at borders; as many again are for judging. None: by
             the samples' size, 8 to 64.
         walks: Candidate grids for each number of steps; None: 20.
-        rounds: Rounds of polishing, of 3.5 N^2 + 5 N evaluations of each sample for N steps; None: 12, fewer for many steps.
+        rounds: Rounds of polishing, of 3.5 N^2 + 5 N evaluations of each sample for N steps; None: 12, fewer for many
+            steps.
         seed: Seed of the trajectories' noise.
         report: Called with what is done, how much of it, of how much, and the error so far.
 
