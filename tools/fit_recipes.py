@@ -252,6 +252,49 @@ def rounded(recipe: Recipe) -> dict[str, Any]:
     }
 
 
+Rows = Mapping[str, Mapping[str, Any]]
+
+
+def at_hand(schedule: Schedule, lessons: Lessons, rows: Rows, steps: int) -> dict[str, Recipe]:
+    """Return the solvers that need no fitting: published ones, the file's, and the file's of fewer steps lengthened."""
+    found = {f"published {i}": recipe for i, recipe in enumerate(published(lessons.judging, steps))}
+    if steps > MANY:
+        found["adams"] = adams(schedule, uniform_log_snr(schedule, steps), PAST + 1)
+    if str(steps) in rows:
+        found["kept"] = of_row(rows[str(steps)])
+    if fewer := max((n for n in map(int, rows) if n < steps), default=0):
+        longer = lengthened(lessons.stages[0], of_row(rows[str(fewer)]), steps, aim=AIM)
+        found |= {} if longer is None else {"lengthened": longer}
+    return found
+
+
+def made(
+    lessons: Lessons,
+    rows: Rows,
+    steps: int,
+    known: Mapping[str, Recipe],
+    options: argparse.Namespace,
+    gently: bool,
+) -> dict[str, Recipe]:
+    """Return the solvers that are made: fitted, made of more steps, hardly moved, and what lies on the way to the first
+    two from the file's, or from UniPC; where none is fitted, on the way from UniPC to all that are known."""
+    fitting = steps <= options.most
+    ends = {f"fitted {mean}": fit(lessons, steps, list(known.values()), mean) for mean in MEANS if fitting}
+    more = min((n for n in map(int, rows) if n > steps), default=0)
+    if more and steps <= options.shortened:
+        ends["shortened"] = made_of_more(lessons, of_row(rows[str(more)]), steps)
+    found = careful(lessons, steps) if gently and fitting else {}
+    before = known[UNIPC]
+    if fitting:
+        before = known.get("kept", before)
+    else:
+        ends = {word: recipe for word, recipe in known.items() if word != UNIPC} | ends
+    for word, recipe in ends.items():
+        found[word] = recipe
+        found |= {f"{word}, between {share}": between(before, recipe, share) for share in SHARES}
+    return found
+
+
 def main() -> None:
     """Fit, and write after each number of steps."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
@@ -273,29 +316,8 @@ def main() -> None:
         for steps in map(int, options.steps.split(",")):
             table = json.loads(options.out.read_text()) if options.out.exists() else {}
             rows = table.setdefault(name, {}).setdefault(size, {})
-            candidates = {f"published {i}": recipe for i, recipe in enumerate(published(lessons.judging, steps))}
-            if steps > MANY:
-                candidates["adams"] = adams(schedule, uniform_log_snr(schedule, steps), PAST + 1)
-            if str(steps) in rows:
-                candidates["kept"] = of_row(rows[str(steps)])
-            fewer = max((n for n in map(int, rows) if n < steps), default=0)
-            if fewer:
-                longer = lengthened(lessons.stages[0], of_row(rows[str(fewer)]), steps, aim=AIM)
-                candidates |= {} if longer is None else {"lengthened": longer}
-            more = min((n for n in map(int, rows) if n > steps), default=0)
-            means = MEANS if steps <= options.most else ()
-            fitted = {f"fitted {mean}": fit(lessons, steps, list(candidates.values()), mean) for mean in means}
-            if more and steps <= options.shortened:
-                fitted |= {"shortened": made_of_more(lessons, of_row(rows[str(more)]), steps)}
-            if networks and means and not teachers:
-                candidates |= careful(lessons, steps)
-            before = candidates.get("kept", candidates[UNIPC])
-            if not means:  # what lies between the published ones is all that is tried
-                fitted = {word: recipe for word, recipe in candidates.items() if word != UNIPC} | fitted
-                before = candidates[UNIPC]
-            for word, recipe in fitted.items():
-                ways = {f"{word}, between {share}": between(before, recipe, share) for share in SHARES}
-                candidates |= {word: recipe} | ways
+            candidates = at_hand(schedule, lessons, rows, steps)
+            candidates |= made(lessons, rows, steps, candidates, options, bool(networks and not teachers))
             tried = {word: Judged.of(lessons, recipe, networks) for word, recipe in candidates.items()}
             found = {word: one for word, one in tried.items() if one is not None}
             best = chosen(found)
